@@ -1,0 +1,334 @@
+"""Corpora: tokenised sequences in a fixed order, built once per tokenizer and read by index.
+
+``corpus.json`` is written last and makes the corpus visible. A larger ``max_tokens`` extends the same prefix: it
+replaces the last file by a longer one that begins with the same sequences, so that the smaller corpus stays readable
+until the larger is whole.
+"""
+
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from actlake.ingest import corpus_build
+from actlake.ingest.corpus_build import sequence_key, write_parquet
+from actlake.ingest.corpus_spec import FORMAT_VERSION, SPLITS, CorpusSpec, SplitInfo, TokenSequence
+from actlake.ingest.row_index import RowIndex, count_rows
+from actlake.ingest.sources import SourceFile, describe_sources, read_documents
+from actlake.ingest.tokenising import Progress, Tokenizer, tokenise
+from actlake.storage.arrays import crc32c
+from actlake.storage.errors import (
+    BadInputError,
+    CorruptObjectError,
+    FormatVersionError,
+    MissingObjectError,
+    NotFoundError,
+    SourceError,
+    SpecMismatchError,
+)
+from actlake.storage.records import ObjectRecord
+from actlake.storage.rowspace import KeepRule
+from actlake.storage.stores import Store
+
+__all__ = ["Corpus", "CorpusSpec", "RowIndex", "SplitInfo", "TokenSequence", "build_corpus"]
+
+_FORMAT = "actlake corpus"
+_SEQUENCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{10}}\.parquet")
+_ROW_INDEX = pa.schema([("first_row", pa.int64())])
+_CACHED_GROUPS = 4
+_REMEDY = "remove that folder and build the corpus again: the same sources give the same bytes"
+
+
+class Corpus:
+    """Read handle of a stored corpus. Pickles as its store and header; not for several threads at a time."""
+
+    def __init__(self, store: Store, header: Mapping[str, Any]) -> None:
+        self.store = store
+        self.spec = CorpusSpec.from_json(header["spec"])
+        self.corpus_id: str = header["corpus_id"]
+        self.complete: bool = header["complete"]
+        self.splits = {name: SplitInfo(**value) for name, value in header["splits"].items()}
+        self.files = {key: ObjectRecord(**value) for key, value in header["files"].items()}
+        self.source_files = [SourceFile(**value) for value in header["source_files"]]
+        self._per_file: int = header["sequences_per_file"]
+        self._per_group: int = header["sequences_per_row_group"]
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_open_files", "_groups")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._open_files: dict[str, pq.ParquetFile] = {}
+        self._groups: OrderedDict[tuple[str, int], list[TokenSequence]] = OrderedDict()
+
+    @classmethod
+    def open(cls, store: Store) -> "Corpus":
+        """Open a corpus.
+
+        Raises ``NotFoundError`` where there is none (or an unfinished one), ``FormatVersionError`` for another format
+        version, ``CorruptObjectError`` for a damaged ``corpus.json``.
+        """
+        try:
+            data = store.read("corpus.json")
+        except NotFoundError as error:
+            raise NotFoundError(f"no corpus at {store.url}; 'actlake ingest' builds one") from error
+        where = f"{store.url}/corpus.json"
+        try:
+            header = json.loads(data)
+            if header["format"] != _FORMAT:
+                raise CorruptObjectError(f"{where} describes a {header['format']!r}, not a corpus")
+            if header["format_version"] != FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{where} has format version {header['format_version']}; this actlake reads {FORMAT_VERSION}: "
+                    "pip install -U actlake"
+                )
+            return cls(store, header)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptObjectError(f"{where} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
+
+    def sequences(self, split: str, start: int, stop: int) -> list[TokenSequence]:
+        """Return the sequences ``start:stop`` of a split's order; only the row groups that hold them are read.
+
+        Raises ``BadInputError`` for a range that is not there, ``DataError`` for files that are absent or damaged.
+        """
+        info = self._split(split)
+        if not 0 <= start <= stop <= info.n_sequences:
+            raise BadInputError(f"sequences {start}:{stop} are not in {split!r}; it holds 0:{info.n_sequences}")
+        found: list[TokenSequence] = []
+        for group in range(start // self._per_group, -(-stop // self._per_group) if stop > start else 0):
+            first = group * self._per_group
+            found += self._group(split, group)[max(0, start - first) : stop - first]
+        return found
+
+    def row_index(self, split: str, keep: KeepRule) -> RowIndex:
+        """Return the first row of every sequence under a keep rule; made and stored at first use.
+
+        The stored bytes follow from the corpus and the rule, so that it does not matter who stores them.
+        """
+        n_sequences = self._split(split).n_sequences
+        key = f"rows/{keep.keep_id}/{split}.parquet"
+        stored = self._stored_index(key)
+        if stored is not None and stored.n_sequences >= n_sequences:
+            return RowIndex(stored.first_row[: n_sequences + 1])
+        groups = range(0, n_sequences, self._per_group)
+        counts = [self._count(split, start // self._per_group, keep) for start in groups]
+        index = RowIndex.from_counts(np.concatenate([np.zeros(0, np.int64), *counts])[:n_sequences])
+        schema = _ROW_INDEX.with_metadata({"corpus_id": self.corpus_id})
+        write_parquet(self.store, key, schema, [pa.table({"first_row": index.first_row}, schema=schema)])
+        return index
+
+    def pieces(self) -> list[str]:
+        """Return the vocabulary by token id as readable text."""
+        with self._checked("vocab.parquet"):
+            pieces: list[str] = self._file("vocab.parquet").read(["piece"])["piece"].to_pylist()
+        return pieces
+
+    def verify(self) -> None:
+        """Compare every file with its recorded size and crc32c.
+
+        Raises ``MissingObjectError`` or ``CorruptObjectError`` for the first that differs.
+        """
+        for key, record in self.files.items():
+            with self._checked(key):
+                data = self.store.read(key)
+            if (len(data), crc32c(data)) != (record.nbytes, record.crc32c):
+                raise CorruptObjectError(
+                    f"{self.store.url}/{key}: {record.nbytes} bytes with crc32c {record.crc32c:#010x} expected, "
+                    f"{len(data)} with {crc32c(data):#010x} found; {_REMEDY}"
+                )
+
+    def holds(self, max_tokens: int | None) -> bool:
+        """Say whether a corpus cut at ``max_tokens`` is a prefix of this one."""
+        return self.complete or (max_tokens is not None and self.splits["train"].n_tokens >= max_tokens)
+
+    def _split(self, split: str) -> SplitInfo:
+        if split not in self.splits:
+            raise BadInputError(f"no split {split!r}; the splits are {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def _group(self, split: str, group: int) -> list[TokenSequence]:
+        if (split, group) not in self._groups:
+            self._groups[split, group] = _to_sequences(self._read_group(split, group, None))
+            if len(self._groups) > _CACHED_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end((split, group))
+        return self._groups[split, group]
+
+    def _read_group(self, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
+        file, inside = divmod(group * self._per_group, self._per_file)
+        key = sequence_key(split, file * self._per_file)
+        with self._checked(key):
+            return self._file(key).read_row_group(inside // self._per_group, columns=columns)
+
+    def _count(self, split: str, group: int, keep: KeepRule) -> npt.NDArray[np.int64]:
+        tokens, offsets = _flat(self._read_group(split, group, ["tokens"])["tokens"])
+        return count_rows(tokens, offsets.astype(np.int64), keep)
+
+    def _stored_index(self, key: str) -> RowIndex | None:
+        if not self.store.exists(key):
+            return None
+        with self._checked(key, "delete it: it is made again"):
+            file = pq.ParquetFile(io.BytesIO(self.store.read(key)), page_checksum_verification=True)
+            if (file.schema_arrow.metadata or {}).get(b"corpus_id") != self.corpus_id.encode():
+                return None
+            return RowIndex(file.read()["first_row"].to_numpy())
+
+    def _file(self, key: str) -> pq.ParquetFile:
+        if key not in self._open_files:
+            stream = _ObjectReader(self.store, key)
+            self._open_files[key] = pq.ParquetFile(stream, page_checksum_verification=True)
+        return self._open_files[key]
+
+    @contextmanager
+    def _checked(self, key: str, remedy: str = _REMEDY) -> Iterator[None]:
+        where = f"{self.store.url}/{key}"
+        try:
+            yield
+        except NotFoundError as error:
+            raise MissingObjectError(f"{where} is absent, but the corpus lists it; {remedy}") from error
+        except (OSError, pa.ArrowException, IndexError) as error:
+            # Arrow's own complaints carry no errno; a disk's or a network's do, and say nothing about the data.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise CorruptObjectError(f"{where} is damaged ({error}); {remedy}") from error
+
+
+class _ObjectReader(io.RawIOBase):
+    """One stored object as a file that is read by ranges."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self._key, self._at = store, key, 0
+        self._nbytes = store.nbytes(key)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._at + len(buffer), self._nbytes)
+        data = self._store.read_range(self._key, self._at, stop) if stop > self._at else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    """Return a list column's values end to end and their offsets [n + 1] from 0."""
+    lists = column.combine_chunks()
+    offsets = lists.offsets.to_numpy()
+    return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def _to_sequences(table: pa.Table) -> list[TokenSequence]:
+    tokens, offsets = _flat(table["tokens"])
+    roles, _ = _flat(table["roles"])
+    scalars = table.select(["sequence", "document", "window", "offset", "source"]).to_pylist()
+    return [
+        TokenSequence(
+            index=row["sequence"],
+            tokens=tokens[start:stop],
+            roles=roles[start:stop],
+            document=row["document"],
+            window=row["window"],
+            offset=row["offset"],
+            source=row["source"],
+        )
+        for row, start, stop in zip(scalars, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    ]
+
+
+# --- Building -----------------------------------------------------------------------------------------------------
+
+
+def build_corpus(
+    store: Store,
+    spec: CorpusSpec,
+    tokenizer: Tokenizer,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Build the corpus at that place, or open the one that is there; return it.
+
+    A corpus of the same definition that holds ``max_tokens`` already is opened as it is, even a larger one; a smaller
+    one is extended. Until ``corpus.json`` is replaced, what was there before stays whole. ``storage_options`` are
+    those of the sources. ``progress(documents, tokens)`` is called after each batch of documents.
+
+    Raises ``SourceError`` for unusable sources, or such that changed since the corpus was built;
+    ``SpecMismatchError`` where another corpus lies; ``BadInputError`` for a tokenizer without the BOS asked for.
+    """
+    corpus_build.bos_of(spec, tokenizer)
+    source_files = describe_sources(spec.sources, storage_options=storage_options)
+    present = _present(store, spec, source_files)
+    if present is not None and present.holds(spec.max_tokens):
+        return present
+    read = read_documents(spec.sources, text_field=spec.text_field, storage_options=storage_options)
+    documents = tokenise(read, tokenizer, progress)
+    corpus_id = spec.corpus_id(documents.text_digest)
+    if present is not None and present.corpus_id != corpus_id:
+        raise SourceError(_changed(store, "texts of the same size differ"))
+    objects = corpus_build.write_objects(store, spec, documents, tokenizer)
+    _drop_leftovers(store, objects["files"])
+    header = {
+        "format": _FORMAT,
+        "format_version": FORMAT_VERSION,
+        "corpus_id": corpus_id,
+        "definition_id": spec.definition_id,
+        "spec": spec.to_json(),
+        **objects,
+        "source_files": [asdict(file) for file in source_files],
+    }
+    store.write("corpus.json", json.dumps(header, indent=1).encode())
+    return Corpus.open(store)
+
+
+def _present(store: Store, spec: CorpusSpec, source_files: Sequence[SourceFile]) -> Corpus | None:
+    try:
+        present = Corpus.open(store)
+    except NotFoundError:
+        return None
+    if differences := present.spec.differences(spec):
+        raise SpecMismatchError(
+            f"another corpus lies at {store.url} ({'; '.join(differences)}); ask for that one, or choose another place"
+        )
+    changed = set(present.source_files) ^ set(source_files)
+    if changed:
+        names = sorted({str(file) for file in changed})
+        raise SourceError(_changed(store, ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")))
+    return present
+
+
+def _changed(store: Store, what: str) -> str:
+    return (
+        f"sources changed since the corpus at {store.url} was built: {what}; "
+        "restore them, or build the new text at another place"
+    )
+
+
+def _drop_leftovers(store: Store, files: Mapping[str, Any]) -> None:
+    """Remove sequence files of an unfinished larger build, so that ``sequences/*.parquet`` is the corpus."""
+    for name in store.names("sequences"):
+        if _SEQUENCE_FILE.fullmatch(name) and f"sequences/{name}" not in files:
+            store.delete(f"sequences/{name}")

@@ -1,0 +1,5 @@
+"""The ``actlake`` command."""
+
+from actlake.jobs.cli.app import main
+
+__all__ = ["main"]

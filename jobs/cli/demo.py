@@ -1,0 +1,47 @@
+"""``actlake demo``: the whole story on one machine, in minutes."""
+
+from importlib.resources import as_file, files
+
+import typer
+
+from actlake.jobs.cli.app import OUT, app
+from actlake.jobs.cli.progress import listening
+from actlake.jobs.cli.query import print_summary, summarise, verify_splits
+
+POINT = "layers.9.resid_post"
+
+
+@app.command()
+def demo() -> None:
+    """Run Gemma 3 270M over real English text into data/demo, verify it, and train a small SAE from its stream."""
+    import actlake
+    from actlake.examples import topk_sae
+    from actlake.jobs import ingestion
+    from actlake.jobs.jobfile import read_job
+
+    with as_file(files("actlake.examples") / "demo.toml") as path:
+        job = read_job(path)
+    _step(1, f"ingest: {job.model} over {', '.join(job.corpus.sources)} into {job.dataset}")
+    with listening(OUT) as listener:
+        report = ingestion.ingest(job, listener=listener)
+    OUT.print(f"built {report.n_built} shards in {report.seconds:.0f} s" if report.n_built else "nothing left to build")
+    _step(2, "the manifest")
+    ds = actlake.open(job.dataset)
+    print_summary(summarise(ds))
+    _step(3, "verify: every object, every chunk, every row count, every statistic")
+    if any(result["problems"] for result in verify_splits(job.dataset)):
+        raise typer.Exit(2)
+    _step(4, f"train a TopK SAE on {POINT} from the stream")
+    topk_sae.run(ds, POINT)
+    _step(5, "what next")
+    for command, what in (
+        (f"actlake head {job.dataset}", "rows with their tokens"),
+        ("actlake init gemma-3-270m-gguf -o job.toml", "a job file of your own, then: actlake ingest job.toml"),
+        (f"actlake show {job.dataset} --json", "everything there is to know about the dataset"),
+    ):
+        OUT.print(f"  {command:<46} {what}", markup=False)
+
+
+def _step(number: int, text: str) -> None:
+    OUT.print()
+    OUT.rule(f"[bold]{number}. {text}", align="left")

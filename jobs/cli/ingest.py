@@ -1,0 +1,87 @@
+"""``actlake ingest``, ``init`` and ``points``: making datasets."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from actlake.jobs.cli.app import ERRORS, OUT, app
+from actlake.jobs.cli.progress import format_nbytes, listening
+from actlake.storage.errors import BadInputError
+
+
+@app.command()
+def ingest(
+    job: Annotated[Path, typer.Argument(help="Job file (TOML); 'actlake init MODEL' writes one.", show_default=False)],
+    engine: Annotated[str, typer.Option(help="'ray', or 'local' for this process alone.")] = "ray",
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster ('auto' or host:port) instead of this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Build what is missing of a job's dataset: corpus, then shards. Run it again after any interruption."""
+    from actlake.jobs import ingestion
+    from actlake.jobs.jobfile import read_job
+
+    checked = read_job(job)
+    with listening(ERRORS if as_json else OUT) as listener:
+        report = ingestion.ingest(checked, engine=engine, address=address, listener=listener)
+    if as_json:
+        typer.echo(json.dumps(vars(report), indent=1))
+        return
+    if report.n_built == 0:
+        OUT.print(f"nothing to build: all {report.n_shards} shards of {report.dataset} are committed", markup=False)
+        return
+    ratio = report.raw_nbytes / report.nbytes
+    OUT.print(
+        f"built {report.n_built} shards in {report.seconds:.0f} s: {report.dataset} has {report.n_rows:,} rows, "
+        f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)",
+        markup=False,
+    )
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, or gemma-3-270m-gguf.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("job.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented job file for a model."""
+    from actlake.jobs.template import job_template
+
+    if output.exists() and not force:
+        raise BadInputError(f"{output} exists; choose another with --output, or replace it with --force")
+    output.write_text(job_template(model), encoding="utf-8")
+    OUT.print(f"wrote {output}; look it over, then: actlake ingest {output}", markup=False)
+
+
+@app.command()
+def points(
+    model: Annotated[str, typer.Argument(help="Hub id, local directory, or gemma-3-270m-gguf.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of a Hub model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show a model's hook points, their widths and their bytes per token."""
+    from actlake.ingest.models import model_shape
+
+    from actlake.storage.hookpoints import STREAMS
+
+    shape = model_shape(model, revision=revision)
+    widths = shape.widths()
+    if as_json:
+        listed = {name: {"width": width, "nbytes_per_token": 2 * width} for name, width in widths.items()}
+        typer.echo(json.dumps({"architecture": shape.architecture, "layers": shape.n_layers, "hook_points": listed}))
+        return
+    table = Table("hook points", "width", "bytes per token", "all layers", title=f"{model}, {shape.architecture}")
+    last = shape.n_layers - 1
+    for stream in STREAMS:
+        width = widths[f"layers.0.{stream}"]
+        name = f"layers.{{0..{last}}}.{stream}"
+        table.add_row(name, f"{width:,}", f"{2 * width:,}", format_nbytes(2 * width * shape.n_layers))
+    OUT.print(table)
+    four = sum(
+        2 * w for name, w in widths.items() if name.split(".")[2] in ("attn_z", "mlp_in", "mlp_out", "resid_post")
+    )
+    OUT.print(f"bfloat16, before compression; preset 'gemma-scope-2' stores {format_nbytes(four)} per token")

@@ -1,0 +1,1 @@
+"""Engines hand tasks to workers: ``local`` in this process, ``ray`` on one machine or many."""

@@ -1,0 +1,158 @@
+"""Hands shards to a pool of Ray actors: one shard a call, a bounded number of calls in flight, results as they come.
+
+Ray Core rather than Ray Data: 1,750 shards/s against 19 (one shard a block). The work itself knows nothing of Ray.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actlake.jobs.engines.events import Event, RowsCaptured, ShardAbandoned, ShardCommitted
+from actlake.jobs.work import Task, Worker, WorkOrder
+from actlake.storage.errors import ActlakeError, MissingExtraError
+from actlake.storage.records import ShardRecord
+
+try:
+    import ray
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+except ImportError as error:
+    raise MissingExtraError(
+        "Ray is not installed; pip install 'actlake[ray]', or use --engine local for this process alone"
+    ) from error
+
+#: Seconds between two looks at the rows captured so far.
+_POLL_S = 0.5
+
+
+class RayWorker:
+    """The actor: builds one shard at a time and answers ``n_rows`` meanwhile."""
+
+    def __init__(self, order: WorkOrder) -> None:
+        self._worker = Worker(order)
+        self._n_rows = 0
+
+    def build(self, task: Task) -> ShardRecord:
+        """Build and commit one shard."""
+        return self._worker.build(task, self._count)
+
+    def n_rows(self) -> int:
+        """Return the rows captured since the actor started."""
+        return self._n_rows
+
+    def _count(self, n_rows: int) -> None:
+        self._n_rows += n_rows
+
+
+@dataclass
+class _Slot:
+    """One actor and what it does."""
+
+    actor: Any
+    n_rows: int = 0
+    task: Task | None = None
+
+
+@contextmanager
+def cluster(address: str | None, n_cpus: int) -> Iterator[None]:
+    """Connect to the cluster at ``address``, or run Ray on this machine for as long as the block lasts."""
+    if ray.is_initialized():
+        yield
+        return
+    # Nothing leaves this machine unless the user has said otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": n_cpus}
+    if not address:
+        options["include_dashboard"] = False
+    try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        raise ActlakeError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(
+    order: WorkOrder, tasks: Iterable[Task], *, attempts: int, workers: int, address: str | None
+) -> Iterator[Event]:
+    """Yield what happens until every task is committed or abandoned."""
+    with cluster(address, n_cpus=workers * order.n_threads):
+        pool = _Pool(order, workers, attempts)
+        try:
+            yield from pool.run(tasks)
+        finally:
+            pool.close()
+
+
+class _Pool:
+    def __init__(self, order: WorkOrder, workers: int, attempts: int) -> None:
+        # Two calls at once: one builds, one answers n_rows.
+        self._remote: Any = ray.remote(RayWorker).options(
+            num_cpus=order.n_threads, num_gpus=int(order.device.startswith("cuda")), max_concurrency=2
+        )
+        self._order, self._attempts = order, attempts
+        self._slots = [_Slot(actor=self._remote.remote(order)) for _ in range(workers)]
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Event]:
+        waiting, retries = iter(tasks), deque[tuple[Task, int]]()
+        in_flight: dict[Any, tuple[_Slot, int]] = {}
+        while True:
+            for slot in self._slots:
+                if slot.task is None and (following := self._next(waiting, retries)) is not None:
+                    slot.task, failures = following
+                    in_flight[slot.actor.build.remote(slot.task)] = (slot, failures)
+            if not in_flight:
+                return
+            done, _ = ray.wait(list(in_flight), timeout=_POLL_S)
+            yield from self._poll()
+            for ref in done:
+                slot, failures = in_flight.pop(ref)
+                event = self._finish(ref, slot, failures + 1, retries)
+                if event is not None:
+                    yield event
+
+    @staticmethod
+    def _next(waiting: Iterator[Task], retries: deque[tuple[Task, int]]) -> tuple[Task, int] | None:
+        if retries:
+            return retries.popleft()
+        task = next(waiting, None)
+        return None if task is None else (task, 0)
+
+    def _finish(self, ref: Any, slot: _Slot, tried: int, retries: deque[tuple[Task, int]]) -> Event | None:
+        task, slot.task = slot.task, None
+        assert task is not None
+        try:
+            return ShardCommitted(task=task, record=ray.get(ref))
+        except RayActorError as error:
+            # The process is gone (out of memory, a lost node): a new one takes its place.
+            slot.actor, slot.n_rows = self._remote.remote(self._order), 0
+            cause: Exception = error
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+        if tried < self._attempts:
+            retries.append((task, tried))
+            return None
+        return ShardAbandoned(task=task, error=cause)
+
+    def _poll(self) -> Iterator[Event]:
+        busy = [slot for slot in self._slots if slot.task is not None]
+        refs = {slot.actor.n_rows.remote(): slot for slot in busy}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=_POLL_S) if refs else ([], [])
+        for ref in ready:
+            slot = refs[ref]
+            try:
+                n_rows = ray.get(ref)
+            except RayError:
+                continue  # Its build call fails too and is dealt with there.
+            if n_rows > slot.n_rows:
+                yield RowsCaptured(n_rows=n_rows - slot.n_rows)
+                slot.n_rows = n_rows
+
+    def close(self) -> None:
+        for slot in self._slots:
+            ray.kill(slot.actor)

@@ -1,0 +1,303 @@
+"""The ingestion driver: job to corpus, specs and array metadata, then the shards that are missing.
+
+Run again after any interruption: what is committed stays, what is missing is built.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from actlake.ingest.models import (
+    ModelRef,
+    ModelShape,
+    load_tokenizer,
+    model_shape,
+    resolve_model,
+    tokenizer_fingerprint,
+)
+
+from actlake.ingest.corpus import Corpus, build_corpus
+from actlake.ingest.corpus_spec import CorpusSpec
+from actlake.jobs.engines import local
+from actlake.jobs.engines.events import Event, ShardAbandoned
+from actlake.jobs.jobfile import Job
+from actlake.jobs.planning import heldout_rows, plan_keep, plan_points, plan_rows_per_shard, plan_spec, special_ids
+from actlake.jobs.work import Task, WorkOrder, available_cpus, split_store
+from actlake.storage.codecs import Codec
+from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, ShardFailedError, SpecMismatchError
+from actlake.storage.header import Header, prepare
+from actlake.storage.manifest import Manifest, compact, write_root
+from actlake.storage.rowspace import KeepRule
+from actlake.storage.spec import SPLITS, DatasetSpec
+from actlake.storage.stores import Store, relative_url, resolve_url
+
+ENGINES = ("ray", "local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run has to do: all shards of both splits, and those still missing."""
+
+    headers: dict[str, Header]
+    missing: tuple[Task, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(header.n_rows for header in self.headers.values())
+
+    @property
+    def n_shards(self) -> int:
+        return sum(header.spec.row_space(header.n_rows).n_shards for header in self.headers.values())
+
+    @property
+    def n_missing_rows(self) -> int:
+        return sum(task.n_rows for task in self.missing)
+
+
+class Listener:
+    """Hears how a run goes; this one keeps quiet."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def documents(self, n_documents: int, n_tokens: int) -> None:
+        """So many documents and tokens of the corpus are done."""
+
+    def planned(self, plan: Plan) -> None:
+        """The shards are about to be built."""
+
+    def event(self, event: Event) -> None:
+        """An engine's report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What a run did."""
+
+    dataset: str
+    n_rows: int
+    n_shards: int
+    n_built: int
+    nbytes: int
+    raw_nbytes: int
+    seconds: float
+
+
+def ingest(
+    job: Job, *, engine: str = "ray", address: str | None = None, listener: Listener | None = None
+) -> IngestReport:
+    """Bring a dataset to what its job asks for; resumes what an earlier run left.
+
+    Raises ``BadInputError`` and its kin before anything is written where the job cannot be done, and
+    ``ShardFailedError``, after finishing all other shards, where some could not be built.
+    """
+    hear, started = listener or Listener(), time.perf_counter()
+    if engine not in ENGINES:
+        raise BadInputError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    store = Store(job.dataset, job.storage_options)
+    shape = model_shape(job.model, revision=job.revision)
+    _check_context(job, shape)
+    _check_destination(store, job, shape)
+    model = resolve_model(job.model, revision=job.revision, notify=hear.note)
+    tokenizer = load_tokenizer(model)
+    keep = plan_keep(job, special_ids(tokenizer), shape.vocab_size)
+    corpus = _open_corpus(job, store, tokenizer, hear)
+    plan = _prepare(job, store, corpus, _specs(job, model, shape, corpus, keep), hear)
+    hear.planned(plan)
+    failed = _build_missing(job, plan, _work_order(job, store, corpus, model, plan), engine, address, hear)
+    report = _finish(store, plan, failed, time.perf_counter() - started)
+    if failed:
+        raise ShardFailedError(_failures(failed, plan))
+    return report
+
+
+def _check_context(job: Job, shape: ModelShape) -> None:
+    if job.corpus.context_length > shape.context_length:
+        raise JobFileError(
+            f"corpus.context_length = {job.corpus.context_length} is longer than {job.model}'s {shape.context_length}; "
+            f"use {shape.context_length} or less"
+        )
+
+
+def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
+    """Refuse another spec at the URL before any work is done; ids that need work are compared in ``prepare``."""
+    points = plan_points(job, shape)  # Raises for unknown hook points and sizes that do not fit.
+    try:
+        header = Header.read(store)
+    except NotFoundError:
+        return
+    rows_per_shard = plan_rows_per_shard(
+        job.layout, sum(p.width for p in points) * (2 if job.capture.dtype == "bfloat16" else 4)
+    )
+    wanted = replace(
+        header.spec,
+        model=stored_name(job.model),
+        architecture=shape.architecture,
+        hook_points=points,
+        dtype=job.capture.dtype,
+        seed=job.seed,
+        order=job.layout.order,
+        rows_per_shard=rows_per_shard,
+        rows_per_block=job.layout.rows_per_block or rows_per_shard,
+        batch_tokens=job.capture.batch_tokens,
+        codec=Codec(name=job.layout.codec),
+    )
+    header.spec.require_equal(wanted, store.url)
+    corpus = Corpus.open(resolve_url(header.corpus, store))
+    if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer)):
+        raise SpecMismatchError(
+            f"{store.url} was made from another corpus:\n  " + "\n  ".join(lines) + "\nchoose another 'dataset' URL"
+        )
+
+
+def stored_name(model: str) -> str:
+    """Return the model's name as a spec keeps it: a local directory by its last part, for no path enters a hash."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _corpus_spec(job: Job, fingerprint: str) -> CorpusSpec:
+    return CorpusSpec(
+        sources=job.corpus.sources,
+        text_field=job.corpus.text_field,
+        context_length=job.corpus.context_length,
+        prepend_bos=job.capture.prepend_bos,
+        holdout=job.corpus.holdout,
+        seed=job.seed,
+        max_tokens=job.corpus.max_tokens,
+        tokenizer=fingerprint,
+    )
+
+
+def _open_corpus(job: Job, store: Store, tokenizer: object, hear: Listener) -> Corpus:
+    spec = _corpus_spec(job, tokenizer_fingerprint(tokenizer))  # type: ignore[arg-type]
+    if job.corpus.url is not None:
+        place = Store(job.corpus.url, job.storage_options)
+    else:
+        place = resolve_url(f"../corpora/{spec.definition_id}", store)
+    options = dict(job.storage_options)
+    return build_corpus(place, spec, tokenizer, storage_options=options, progress=hear.documents)
+
+
+def _specs(job: Job, model: ModelRef, shape: ModelShape, corpus: Corpus, keep: KeepRule) -> dict[str, DatasetSpec]:
+    named = replace(model, name=stored_name(model.name))
+    return {
+        split: plan_spec(job, model=named, shape=shape, corpus_id=corpus.corpus_id, keep=keep, split=split)
+        for split in SPLITS
+    }
+
+
+def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpec], hear: Listener) -> Plan:
+    headers: dict[str, Header] = {}
+    for split, spec in specs.items():
+        available = corpus.row_index(split, spec.keep).n_rows
+        wanted = available if job.max_rows is None else job.max_rows
+        if split == "heldout" and job.max_rows is not None:
+            wanted = heldout_rows(job.max_rows, job.corpus.holdout)
+        if split == "train" and available == 0:
+            raise BadInputError("the keep rule keeps no token of the corpus; check capture.exclude and skip_first")
+        if split == "train" and wanted > available:
+            hear.note(f"the corpus has {available:,} rows, max_rows asks for {wanted:,}: building all of it")
+        if min(wanted, available) == 0:
+            hear.note(f"no held-out rows: none of the documents falls into holdout = {job.corpus.holdout}")
+            continue
+        place = split_store(store, split)
+        header = Header(spec=spec, n_rows=min(wanted, available), corpus=relative_url(corpus.store, place))
+        headers[split] = prepare(place, header)
+    missing = tuple(task for split, header in headers.items() for task in _missing(store, split, header))
+    return Plan(headers=headers, missing=missing)
+
+
+def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
+    committed = Manifest.load(split_store(store, split)).n_rows_by_shard()
+    space = header.spec.row_space(header.n_rows)
+    for shard in range(space.n_shards):
+        if committed.get(shard) != (n_rows := len(space.rows_of(shard))):
+            yield Task(split=split, shard=shard, n_rows=n_rows)
+
+
+def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: Plan) -> WorkOrder:
+    workers = _n_workers(job)
+    return WorkOrder(
+        dataset=store.url,
+        corpus=corpus.store.url,
+        model=str(Path(model.path).resolve()) if Path(model.name).is_dir() else model.name,
+        revision=job.revision,
+        points=plan.headers["train"].spec.point_names,
+        dtype=job.capture.dtype,
+        device=_device(job),
+        n_threads=job.run.threads or max(1, available_cpus() // workers),
+        storage_options=job.storage_options,
+    )
+
+
+def _device(job: Job) -> str:
+    if job.run.device != "auto":
+        return job.run.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _n_workers(job: Job) -> int:
+    if job.run.workers is not None:
+        return job.run.workers
+    import torch
+
+    # On CPUs one worker with all threads: more of them would only multiply the model and the shard memory.
+    return max(1, torch.cuda.device_count())
+
+
+def _build_missing(
+    job: Job, plan: Plan, order: WorkOrder, engine: str, address: str | None, hear: Listener
+) -> list[ShardAbandoned]:
+    if not plan.missing:
+        return []
+    if engine == "local":
+        events = local.run(order, plan.missing, attempts=job.run.attempts)
+    else:
+        from actlake.jobs.engines import ray_engine
+
+        workers = min(_n_workers(job), len(plan.missing))
+        events = ray_engine.run(order, plan.missing, attempts=job.run.attempts, workers=workers, address=address)
+    failed = []
+    for event in events:
+        hear.event(event)
+        if isinstance(event, ShardAbandoned):
+            failed.append(event)
+    return failed
+
+
+def _finish(store: Store, plan: Plan, failed: list[ShardAbandoned], seconds: float) -> IngestReport:
+    nbytes = raw = 0
+    for split, header in plan.headers.items():
+        place = split_store(store, split)
+        manifest = Manifest.load(place)
+        space = header.spec.row_space(header.n_rows)
+        sizes = {shard: len(space.rows_of(shard)) for shard in range(space.n_shards)}
+        groups = compact(place, manifest, space.n_shards, sizes)
+        if manifest.n_rows_by_shard() == sizes:
+            write_root(place, dataset_id=header.spec.dataset_id, n_rows=header.n_rows, manifest=manifest, groups=groups)
+        nbytes += manifest.nbytes
+        raw += manifest.n_rows * header.spec.nbytes_per_row
+    return IngestReport(
+        dataset=store.url,
+        n_rows=plan.n_rows,
+        n_shards=plan.n_shards,
+        n_built=len(plan.missing) - len(failed),
+        nbytes=nbytes,
+        raw_nbytes=raw,
+        seconds=seconds,
+    )
+
+
+def _failures(failed: list[ShardAbandoned], plan: Plan) -> str:
+    lines = [f"{len(failed)} of {plan.n_shards} shards could not be built; the others are committed."]
+    for item in failed[:20]:
+        space = plan.headers[item.task.split].spec.row_space(plan.headers[item.task.split].n_rows)
+        rows = space.rows_of(item.task.shard)
+        lines.append(
+            f"  {item.task}, rows {rows.start:,}..{rows.stop - 1:,}: {type(item.error).__name__}: {item.error}"
+        )
+    lines.append("fix the cause and run 'actlake ingest' again: it builds just what is missing")
+    return "\n".join(lines)

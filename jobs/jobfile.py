@@ -1,0 +1,221 @@
+"""The job file: TOML to a checked, frozen ``Job``. Unknown keys are refused with the nearest valid name."""
+
+import math
+import re
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from actlake.storage.codecs import CODECS
+from actlake.storage.errors import BadInputError, JobFileError, nearest
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?)B\s*", re.IGNORECASE)
+_FACTORS = {"": 1} | {p + b: (1024 if b else 1000) ** (i + 1) for i, p in enumerate("KMGTP") for b in ("", "i")}
+_DTYPES = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions:
+    """``[capture]``: how the model is run and which tokens are rows."""
+
+    dtype: str = "bfloat16"
+    prepend_bos: bool = True
+    exclude: tuple[str | int, ...] = ("bos", "eos", "pad")
+    skip_first: int = 0
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.dtype in ("float16", "fp16", "half"):
+            raise JobFileError(
+                f"capture.dtype = {self.dtype!r}: Gemma 3's residual stream exceeds float16's largest value, 65,504 "
+                "(in the 270M from layer 8 on); use 'bfloat16', which is what its forward pass computes"
+            )
+        _one_of("capture.dtype", self.dtype, _DTYPES)
+        _at_least("capture.skip_first", self.skip_first, 0)
+        _at_least("capture.batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """``[corpus]``: the text, how it is cut, and what is held out."""
+
+    sources: tuple[str, ...]
+    text_field: str = "text"
+    context_length: int = 1024
+    holdout: float = 0.005
+    max_tokens: int | None = None
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise JobFileError(
+                "corpus.sources is empty; name at least one, e.g. 'builtin:python-docs' or 'texts/*.jsonl'"
+            )
+        _at_least("corpus.context_length", self.context_length, 2)
+        if not 0 <= self.holdout < 1:
+            raise JobFileError(f"corpus.holdout = {self.holdout} is a share of the documents: 0 <= holdout < 1")
+        if self.max_tokens is not None:
+            _at_least("corpus.max_tokens", self.max_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions:
+    """``[layout]``: sizes of shards, blocks and chunks, order and codec; None means the documented default."""
+
+    rows_per_shard: int | None = None
+    rows_per_block: int | None = None
+    rows_per_chunk: int | None = None
+    shard_memory: int = 16 * 2**30
+    order: str = "shuffled"
+    codec: str = "blosc"
+
+    def __post_init__(self) -> None:
+        for name in ("rows_per_shard", "rows_per_block", "rows_per_chunk"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(f"layout.{name}", value, 1)
+        _one_of("layout.order", self.order, ("shuffled", "sequence"))
+        _one_of("layout.codec", self.codec, CODECS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """``[run]``: what the job may use; nothing here changes what is stored."""
+
+    workers: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    attempts: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "attempts"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(f"run.{name}", value, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A whole job file."""
+
+    dataset: str
+    model: str
+    corpus: CorpusOptions
+    revision: str | None = None
+    hook_points: tuple[str, ...] | None = None
+    preset: str | None = None
+    max_rows: int | None = None
+    seed: int = 0
+    capture: CaptureOptions = field(default_factory=CaptureOptions)
+    layout: LayoutOptions = field(default_factory=LayoutOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.hook_points is None) == (self.preset is None):
+            raise JobFileError(
+                "give either hook_points, e.g. ['layers.9.resid_post'], or preset, e.g. 'gemma-scope-2': one of the two"
+            )
+        if self.max_rows is not None:
+            _at_least("max_rows", self.max_rows, 1)
+        if not 0 <= self.seed < 2**63:
+            raise JobFileError(f"seed = {self.seed} must be in 0..2**63-1")
+
+
+def read_job(path: str | Path) -> Job:
+    """Read a job file; raise ``JobFileError`` naming the file, the key and the remedy."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise JobFileError(f"no job file {str(path)!r}; 'actlake init MODEL' writes one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobFileError(f"cannot read the job file {str(path)!r}: {error}") from error
+    try:
+        return parse_job(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise JobFileError(f"{path} is not valid TOML: {error}") from error
+    except BadInputError as error:
+        raise JobFileError(f"{path}: {error}") from error
+
+
+def parse_job(table: Mapping[str, Any]) -> Job:
+    """Check a parsed job file."""
+    return _build(Job, table, "")
+
+
+def parse_nbytes(value: str | int, where: str) -> int:
+    """Read a size such as ``"16GiB"``, ``"500MB"`` or a plain number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    factor = _FACTORS.get(match[2].upper().replace("I", "i")) if match else None
+    if match is None or factor is None:
+        raise JobFileError(f"{where} = {value!r} is no size; write e.g. '16GiB' or a number of bytes")
+    return math.floor(float(match[1]) * factor)
+
+
+def _build(cls: type[Any], table: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    known = {item.name: item for item in fields(cls)}
+    for key in table:
+        if key not in known:
+            raise JobFileError(f"unknown key '{prefix}{key}'{nearest(key, known)}")
+    for name, item in known.items():
+        if name not in table and item.default is MISSING and item.default_factory is MISSING:
+            raise JobFileError(f"'{prefix}{name}' is missing; {_EXAMPLES.get(prefix + name, 'it has no default')}")
+    values = {key: _check(hints[key], value, prefix + key) for key, value in table.items()}
+    return cls(**values)
+
+
+_EXAMPLES = {
+    "dataset": 'add e.g. dataset = "data/demo", any path or fsspec URL',
+    "model": 'add e.g. model = "gemma-3-270m-gguf"',
+    "corpus": 'add a [corpus] table with e.g. sources = ["builtin:python-docs"]',
+    "corpus.sources": 'add e.g. sources = ["builtin:python-docs"]',
+}
+
+
+def _check(hint: Any, value: Any, where: str) -> Any:
+    if where == "layout.shard_memory":
+        return parse_nbytes(value, where)
+    if is_dataclass(hint):
+        return _build(hint, _is(Mapping, value, where, "a table"), f"{where}.")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        items = _is(list, value, where, "a list")
+        return tuple(_check(get_args(hint)[0], item, where) for item in items)
+    if get_origin(hint) is types.UnionType:
+        allowed = tuple(arg for arg in get_args(hint) if get_origin(arg) is None and arg is not type(None))
+        inner = [arg for arg in get_args(hint) if get_origin(arg) is not None]
+        return _check(inner[0], value, where) if inner else _scalar(allowed, value, where)
+    if get_origin(hint) is not None:
+        return dict(_is(Mapping, value, where, "a table"))
+    return _scalar((hint,), value, where)
+
+
+def _scalar(allowed: tuple[type, ...], value: Any, where: str) -> Any:
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        names = " or ".join(
+            {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}[t.__name__]
+            for t in allowed
+        )
+        raise JobFileError(f"{where} = {value!r} must be {names}")
+    return value
+
+
+def _is(cls: type[Any], value: Any, where: str, name: str) -> Any:
+    if not isinstance(value, cls):
+        raise JobFileError(f"{where} = {value!r} must be {name}")
+    return value
+
+
+def _one_of(where: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise JobFileError(f"{where} = {value!r} is not one of {', '.join(valid)}{nearest(value, valid)}")
+
+
+def _at_least(where: str, value: int, least: int) -> None:
+    if value < least:
+        raise JobFileError(f"{where} = {value} must be at least {least}")

@@ -1,0 +1,122 @@
+"""From a checked job to the specs of its datasets: defaults of the layout, ids of excluded tokens, sizes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from actlake.ingest.models import ModelRef, ModelShape
+from actlake.ingest.presets import expand_points
+
+from actlake.jobs.jobfile import Job, LayoutOptions
+from actlake.storage.codecs import Codec
+from actlake.storage.errors import JobFileError, nearest
+from actlake.storage.rowspace import KeepRule
+from actlake.storage.spec import ROW_COLUMNS, DatasetSpec, PointSpec
+
+_CHUNK_NBYTES = 2 * 2**20
+_MOST_ROWS_PER_SHARD = 262_144
+_ITEMSIZE = {"bfloat16": 2, "float32": 4}
+_ROW_COLUMN_NBYTES = sum(int(dtype.strip("uint")) // 8 for dtype in ROW_COLUMNS.values())
+
+
+def plan_points(job: Job, shape: ModelShape) -> tuple[PointSpec, ...]:
+    """Choose the job's hook points and their chunk sizes; a chunk is by default the power of two nearest 2 MiB."""
+    widths = shape.widths()
+    names = expand_points(job.hook_points, job.preset, shape)
+    itemsize = _ITEMSIZE[job.capture.dtype]
+    rows_per_shard = plan_rows_per_shard(job.layout, sum(widths[name] for name in names) * itemsize)
+    return tuple(
+        PointSpec(
+            name=name,
+            width=widths[name],
+            rows_per_chunk=job.layout.rows_per_chunk or min(rows_per_shard, default_chunk(widths[name] * itemsize)),
+        )
+        for name in names
+    )
+
+
+def default_chunk(nbytes_per_row: int) -> int:
+    """Return the power of two of rows whose bytes are nearest 2 MiB."""
+    return int(2 ** max(0, round(math.log2(_CHUNK_NBYTES / nbytes_per_row))))
+
+
+def plan_rows_per_shard(layout: LayoutOptions, nbytes_per_row: int) -> int:
+    """Return the rows of a shard: the largest power of two <= 262,144 that fits ``shard_memory``.
+
+    Raises ``JobFileError`` with the numbers where a given size does not fit.
+    """
+    row = nbytes_per_row + _ROW_COLUMN_NBYTES
+    fitting = layout.shard_memory // row
+    if layout.rows_per_shard is not None:
+        if layout.rows_per_shard > fitting:
+            raise JobFileError(
+                f"layout.rows_per_shard = {layout.rows_per_shard:,} rows of {row:,} bytes want "
+                f"{layout.rows_per_shard * row:,} bytes, shard_memory is {layout.shard_memory:,}; "
+                f"use rows_per_shard = {_power_below(fitting):,} or fewer hook points, or raise layout.shard_memory"
+            )
+        return layout.rows_per_shard
+    if fitting < 1:
+        raise JobFileError(f"layout.shard_memory = {layout.shard_memory:,} bytes holds no row of {row:,} bytes")
+    return min(_MOST_ROWS_PER_SHARD, _power_below(fitting))
+
+
+def plan_spec(
+    job: Job, *, model: ModelRef, shape: ModelShape, corpus_id: str, keep: KeepRule, split: str
+) -> DatasetSpec:
+    """Return the spec of one split of the job's dataset."""
+    points = plan_points(job, shape)
+    itemsize = _ITEMSIZE[job.capture.dtype]
+    rows_per_shard = plan_rows_per_shard(job.layout, sum(point.width for point in points) * itemsize)
+    return DatasetSpec(
+        model=model.name,
+        model_revision=model.revision,
+        model_fingerprint=model.fingerprint,
+        architecture=shape.architecture,
+        corpus_id=corpus_id,
+        split=split,
+        keep=keep,
+        hook_points=points,
+        dtype=job.capture.dtype,
+        seed=job.seed,
+        order=job.layout.order,
+        rows_per_shard=rows_per_shard,
+        rows_per_block=job.layout.rows_per_block or rows_per_shard,
+        batch_tokens=job.capture.batch_tokens,
+        codec=Codec(name=job.layout.codec),
+    )
+
+
+def plan_keep(job: Job, special_ids: Mapping[str, int | None], vocab_size: int) -> KeepRule:
+    """Turn the names and ids of ``capture.exclude`` into a keep rule; a token that the model lacks excludes nothing."""
+    ids: list[int] = []
+    for item in job.capture.exclude:
+        if isinstance(item, int):
+            if not 0 <= item < vocab_size:
+                raise JobFileError(f"capture.exclude: token id {item} is out of range; the ids are 0..{vocab_size - 1}")
+            ids.append(item)
+        elif item not in special_ids:
+            raise JobFileError(
+                f"capture.exclude: no special token {item!r}{nearest(item, special_ids)}, or give its id"
+            )
+        elif (token_id := special_ids[item]) is not None:
+            ids.append(token_id)
+    return KeepRule(exclude=tuple(ids), skip_first=job.capture.skip_first)
+
+
+def heldout_rows(n_rows: int, holdout: float) -> int:
+    """Return how many held-out rows go with ``n_rows`` training rows: as many as the share of documents held out."""
+    return math.ceil(n_rows * holdout / (1 - holdout))
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Return the ids of the special tokens that a job file may name."""
+    return {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "unk": tokenizer.unk_token_id,
+    }
+
+
+def _power_below(value: int) -> int:
+    return 1 << (value.bit_length() - 1) if value else 0

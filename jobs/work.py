@@ -1,0 +1,88 @@
+"""What a worker does, in plain Python: open model and corpus once, then build the shards it is handed.
+
+The engines (this process, or Ray) only decide where and when; see ``actlake.jobs.engines``.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actlake.storage.records import Provenance, ShardRecord
+from actlake.storage.stores import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOrder:
+    """All that a worker needs to start, on any machine; pickles."""
+
+    dataset: str
+    corpus: str
+    model: str
+    revision: str | None
+    points: tuple[str, ...]
+    dtype: str
+    device: str
+    n_threads: int
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One shard of one split to build."""
+
+    split: str
+    shard: int
+    n_rows: int
+
+    def __str__(self) -> str:
+        return f"{self.split} shard {self.shard}"
+
+
+def split_store(dataset: Store, split: str) -> Store:
+    """Return where a split's dataset lies: the training split at the root, the held-out one below it."""
+    return dataset if split == "train" else dataset.child("heldout")
+
+
+class Worker:
+    """Builds shards; the model is loaded once."""
+
+    def __init__(self, order: WorkOrder) -> None:
+        import torch
+        from actlake.ingest.capture import Capture
+        from actlake.ingest.models import load_model, resolve_model
+
+        from actlake.ingest.build import ShardBuilder
+        from actlake.ingest.corpus import Corpus
+
+        torch.set_num_threads(order.n_threads)
+        model = load_model(resolve_model(order.model, revision=order.revision), dtype=order.dtype, device=order.device)
+        self._forward = Capture(model, order.points)
+        self._corpus = Corpus.open(Store(order.corpus, order.storage_options))
+        self._dataset = Store(order.dataset, order.storage_options)
+        self._device, self._n_threads = order.device, order.n_threads
+        self._made_by = Provenance(host=socket.gethostname(), device=order.device, software=model.describe())
+        self._builder_type = ShardBuilder
+        self._builders: dict[str, ShardBuilder] = {}
+
+    def build(self, task: Task, on_rows: Callable[[int], None] = lambda n_rows: None) -> ShardRecord:
+        """Build and commit one shard."""
+        if task.split not in self._builders:
+            # One at a time: a builder holds the memory of a whole shard.
+            self._builders = {
+                task.split: self._builder_type(
+                    store=split_store(self._dataset, task.split),
+                    corpus=self._corpus,
+                    forward=self._forward,
+                    device=self._device,
+                    made_by=self._made_by,
+                    n_threads=self._n_threads,
+                )
+            }
+        return self._builders[task.split].build(task.shard, on_rows)
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,92 @@
+"""The metadata objects of a dataset, made once by the driver before any worker: ``spec.json`` and the Zarr metadata."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from actlake.storage.errors import CorruptObjectError, FormatVersionError, NotFoundError
+from actlake.storage.spec import FORMAT_VERSION, DatasetSpec
+from actlake.storage.stores import Store
+
+_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The contents of ``spec.json``: the spec, the planned rows, and where the corpus lies (relative, or a URL)."""
+
+    spec: DatasetSpec
+    n_rows: int
+    corpus: str
+
+    def to_bytes(self) -> bytes:
+        """Return ``spec.json``."""
+        value = {
+            "format": "actlake dataset",
+            "format_version": FORMAT_VERSION,
+            "dataset_id": self.spec.dataset_id,
+            "row_space_id": self.spec.row_space_id,
+            "n_rows": self.n_rows,
+            "corpus": self.corpus,
+            "spec": self.spec.to_json(),
+        }
+        return _json(value)
+
+    @classmethod
+    def read(cls, store: Store) -> "Header":
+        """Read a dataset's header.
+
+        Raises ``NotFoundError`` where there is no dataset, ``FormatVersionError`` for a newer format,
+        ``CorruptObjectError`` for a damaged ``spec.json``.
+        """
+        try:
+            data = store.read("spec.json")
+        except NotFoundError as error:
+            found = ", ".join(store.names()[:8]) or "nothing"
+            raise NotFoundError(
+                f"no dataset at {store.url} (found there: {found}); 'actlake ls' lists datasets"
+            ) from error
+        where = f"{store.url}/spec.json"
+        try:
+            value = json.loads(data)
+            version = value["format_version"]
+            if value["format"] != "actlake dataset":
+                raise CorruptObjectError(f"{where} describes an {value['format']!r}, not a dataset")
+            if version != FORMAT_VERSION:
+                raise FormatVersionError(
+                    f"{where} has format version {version}; this actlake reads {FORMAT_VERSION}: pip install -U actlake"
+                )
+            header = cls(spec=DatasetSpec.from_json(value["spec"]), n_rows=value["n_rows"], corpus=value["corpus"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptObjectError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+        if header.spec.dataset_id != value["dataset_id"]:
+            raise CorruptObjectError(f"{where}: the spec does not hash to dataset_id {value['dataset_id'][:12]}...")
+        return header
+
+
+def prepare(store: Store, header: Header) -> Header:
+    """Create a dataset's metadata, or check that the same spec is there and plan more rows; return what now holds.
+
+    Raises ``SpecMismatchError`` with the differing fields, and then writes nothing. Fewer rows than planned before
+    change nothing.
+    """
+    try:
+        stored = Header.read(store)
+    except NotFoundError:
+        stored = None
+    if stored is not None:
+        stored.spec.require_equal(header.spec, store.url)
+        if stored.n_rows >= header.n_rows:
+            return stored
+        # The totals of the smaller dataset must not outlive it.
+        store.delete("root.json")
+    for array in header.spec.arrays().values():
+        store.write(f"arrays/{array.name}/zarr.json", _json(array.zarr_json(header.n_rows)))
+    store.write("arrays/rows/zarr.json", _json(_GROUP))
+    store.write("arrays/zarr.json", _json(_GROUP))
+    store.write("spec.json", header.to_bytes())
+    return header
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()

@@ -1,0 +1,180 @@
+"""A folder on any file system: the one module of actlake that opens them.
+
+Objects are written whole and never changed in place. On a local disk that is a temporary name, fsync and rename; an
+object store's PUT has the same effect. Keys are relative POSIX paths that cannot leave the folder.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import fsspec
+from fsspec.utils import stringify_path
+
+from actlake.storage.errors import BadInputError, MissingExtraError, NotFoundError
+
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "hf": "ingest"}
+_TEMPORARY = ".actlake-"
+
+
+class Store:
+    """Whole-object reads and writes below one URL.
+
+    Thread-safe. Pickles as URL and options; the file system opens lazily in each process, and again after a fork.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        text = str(stringify_path(url))
+        if not text:
+            raise BadInputError("the URL is empty; give a folder, e.g. data/demo or gs://bucket/demo")
+        self.options = dict(storage_options or {})
+        self.protocol, path = fsspec.core.split_protocol(text)
+        self.protocol = self.protocol or "file"
+        self.local = self.protocol in ("file", "local")
+        self.root = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
+        self.url = self.root if self.local else f"{self.protocol}://{self.root}"
+        self._fs: fsspec.AbstractFileSystem | None = None
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fs": None}
+
+    def __repr__(self) -> str:
+        # Options may hold credentials: never shown.
+        return f"Store({self.url!r})"
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The fsspec file system, opened at first use in this process."""
+        if self._fs is None or self._pid != os.getpid():
+            try:
+                self._fs = fsspec.filesystem(self.protocol, **self.options)
+            except ImportError as error:
+                extra = _EXTRAS.get(self.protocol)
+                remedy = f"pip install 'actlake[{extra}]'" if extra else f"install the package for it ({error})"
+                raise MissingExtraError(f"{self.protocol}:// needs a package that is absent; {remedy}") from error
+            except ValueError as error:
+                raise BadInputError(f"no file system for {self.url!r}: {error}") from error
+            self._pid = os.getpid()
+        return self._fs
+
+    def path(self, key: str) -> str:
+        """Return the file system's own path of ``key``; raise ``BadInputError`` for a key that leaves the folder."""
+        parts = PurePosixPath(key).parts
+        if key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
+            raise BadInputError(f"key {key!r} leaves its folder")
+        return f"{self.root}/{'/'.join(parts)}" if parts else self.root
+
+    def child(self, key: str) -> Self:
+        """Return the store of a folder below this one."""
+        path = self.path(key)
+        return type(self)(path if self.local else f"{self.protocol}://{path}", self.options)
+
+    def read(self, key: str) -> bytes:
+        """Return a whole object; raise ``NotFoundError`` where there is none."""
+        with self._named(key):
+            if self.local:
+                return Path(self.path(key)).read_bytes()
+            return bytes(self.fs.cat_file(self.path(key)))
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes ``start:stop`` of an object, fewer where it ends before; ``start`` < 0 counts from the end."""
+        with self._named(key):
+            if not self.local:
+                return bytes(self.fs.cat_file(self.path(key), start=start, end=None if start < 0 else stop))
+            with open(self.path(key), "rb", buffering=0) as file:
+                offset = start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start)
+                length = stop - start if start >= 0 else -start
+                return os.pread(file.fileno(), length, offset)
+
+    def write(self, key: str, *parts: bytes | memoryview) -> None:
+        """Store the parts as one object, replacing any other under that key; it appears whole or not at all."""
+        path = self.path(key)
+        if not self.local:
+            self.fs.pipe_file(path, b"".join(parts))
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(target.parent)
+
+    def exists(self, key: str) -> bool:
+        """Say whether there is an object or folder under ``key``."""
+        if self.local:
+            return os.path.exists(self.path(key))
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(key)))
+
+    def nbytes(self, key: str) -> int:
+        """Return the size of an object; raise ``NotFoundError`` where there is none."""
+        with self._named(key):
+            return os.stat(self.path(key)).st_size if self.local else int(self.fs.size(self.path(key)))
+
+    def names(self, key: str = "") -> list[str]:
+        """Return the sorted names directly under a folder, less unfinished temporary files; [] where it is absent."""
+        path = self.path(key)
+        try:
+            if self.local:
+                found = os.listdir(path)
+            else:
+                self.fs.invalidate_cache()
+                found = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name for name in found if not name.startswith(_TEMPORARY))
+
+    def delete(self, key: str) -> None:
+        """Remove one object; nothing happens where there is none."""
+        try:
+            os.unlink(self.path(key)) if self.local else self.fs.rm_file(self.path(key))
+        except FileNotFoundError:
+            return
+
+    @contextmanager
+    def _named(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotFoundError(f"nothing stored at {self.url}/{key}") from error
+
+
+def relative_url(target: Store, base: Store) -> str:
+    """Return ``target`` as a path relative to ``base`` where both are on one file system, else its URL."""
+    if target.protocol != base.protocol:
+        return target.url
+    relative = os.path.relpath(f"/{target.root.lstrip('/')}", f"/{base.root.lstrip('/')}")
+    depth = PurePosixPath(relative).parts.count("..")
+    # A sibling of the dataset seen from its held-out split is two folders up.
+    return relative if depth <= 2 else target.url
+
+
+def resolve_url(url: str, base: Store) -> Store:
+    """Open what ``relative_url`` returned."""
+    protocol, _ = fsspec.core.split_protocol(url)
+    if protocol is not None or os.path.isabs(url):
+        return Store(url, base.options)
+    root = os.path.normpath(f"/{base.root.lstrip('/')}/{url}")
+    return Store(root if base.local else f"{base.protocol}://{root.lstrip('/')}", base.options)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename itself must survive a power cut.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,32 @@
+"""What every test shares: one thread per library, no calls home, and the order from the fast areas to the slow ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read by the libraries when they are imported, so set before any test module is. Two cores run the suite: more threads
+# than one make the timings of the parallel tests worthless and the sums of some kernels differ.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLOSC_NTHREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ.update(
+    TOKENIZERS_PARALLELISM="false",  # it warns after a fork otherwise, and warnings are errors
+    HF_HUB_OFFLINE="1",  # no test may depend on a hub: what is not there fails at once instead of after retries
+    HF_HUB_DISABLE_TELEMETRY="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",  # loopback only
+)
+
+_TESTS = Path(__file__).parent
+_AREAS = ("storage", "ingest", "shards", "jobs", "", "integration")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by area, the ones marked slow after all others; inside an area the order stays."""
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> tuple[bool, int]:
+    parts = item.path.relative_to(_TESTS).parts
+    area = parts[0] if len(parts) > 1 else ""
+    return item.get_closest_marker("slow") is not None, _AREAS.index(area)
