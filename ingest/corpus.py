@@ -9,8 +9,7 @@ import io
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actlake.ingest import corpus_build
-from actlake.ingest.corpus_build import sequence_key, write_parquet
+from actlake.ingest.corpus_files import (
+    REBUILD,
+    ROW_INDEX,
+    SEQUENCES,
+    VOCABULARY,
+    ObjectReader,
+    flat,
+    open_parquet,
+    reading,
+    sequence_key,
+    to_sequences,
+    write_parquet,
+)
 from actlake.ingest.corpus_spec import FORMAT_VERSION, SPLITS, CorpusSpec, SplitInfo, TokenSequence
 from actlake.ingest.row_index import RowIndex, count_rows
 from actlake.ingest.sources import SourceFile, describe_sources, read_documents
@@ -30,7 +41,6 @@ from actlake.storage.errors import (
     BadInputError,
     CorruptObjectError,
     FormatVersionError,
-    MissingObjectError,
     NotFoundError,
     SourceError,
     SpecMismatchError,
@@ -43,9 +53,7 @@ __all__ = ["Corpus", "CorpusSpec", "RowIndex", "SplitInfo", "TokenSequence", "bu
 
 _FORMAT = "actlake corpus"
 _SEQUENCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{10}}\.parquet")
-_ROW_INDEX = pa.schema([("first_row", pa.int64())])
 _CACHED_GROUPS = 4
-_REMEDY = "remove that folder and build the corpus again: the same sources give the same bytes"
 
 
 class Corpus:
@@ -97,7 +105,7 @@ class Corpus:
                 )
             return cls(store, header)
         except (ValueError, KeyError, TypeError) as error:
-            raise CorruptObjectError(f"{where} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
+            raise CorruptObjectError(f"{where} is damaged ({type(error).__name__}: {error}); {REBUILD}") from error
 
     def sequences(self, split: str, start: int, stop: int) -> list[TokenSequence]:
         """Return the sequences ``start:stop`` of a split's order; only the row groups that hold them are read.
@@ -126,14 +134,14 @@ class Corpus:
         groups = range(0, n_sequences, self._per_group)
         counts = [self._count(split, start // self._per_group, keep) for start in groups]
         index = RowIndex.from_counts(np.concatenate([np.zeros(0, np.int64), *counts])[:n_sequences])
-        schema = _ROW_INDEX.with_metadata({"corpus_id": self.corpus_id})
+        schema = ROW_INDEX.with_metadata({"corpus_id": self.corpus_id})
         write_parquet(self.store, key, schema, [pa.table({"first_row": index.first_row}, schema=schema)])
         return index
 
     def pieces(self) -> list[str]:
         """Return the vocabulary by token id as readable text."""
-        with self._checked("vocab.parquet"):
-            pieces: list[str] = self._file("vocab.parquet").read(["piece"])["piece"].to_pylist()
+        with reading(f"{self.store.url}/vocab.parquet"):
+            pieces: list[str] = self._file("vocab.parquet", VOCABULARY).read(["piece"])["piece"].to_pylist()
         return pieces
 
     def verify(self) -> None:
@@ -142,12 +150,12 @@ class Corpus:
         Raises ``MissingObjectError`` or ``CorruptObjectError`` for the first that differs.
         """
         for key, record in self.files.items():
-            with self._checked(key):
+            with reading(f"{self.store.url}/{key}"):
                 data = self.store.read(key)
             if (len(data), crc32c(data)) != (record.nbytes, record.crc32c):
                 raise CorruptObjectError(
                     f"{self.store.url}/{key}: {record.nbytes} bytes with crc32c {record.crc32c:#010x} expected, "
-                    f"{len(data)} with {crc32c(data):#010x} found; {_REMEDY}"
+                    f"{len(data)} with {crc32c(data):#010x} found; {REBUILD}"
                 )
 
     def holds(self, max_tokens: int | None) -> bool:
@@ -161,102 +169,47 @@ class Corpus:
 
     def _group(self, split: str, group: int) -> list[TokenSequence]:
         if (split, group) not in self._groups:
-            self._groups[split, group] = _to_sequences(self._read_group(split, group, None))
+            self._groups[split, group] = self._read_group(split, group)
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end((split, group))
         return self._groups[split, group]
 
-    def _read_group(self, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
-        file, inside = divmod(group * self._per_group, self._per_file)
-        key = sequence_key(split, file * self._per_file)
-        with self._checked(key):
-            return self._file(key).read_row_group(inside // self._per_group, columns=columns)
+    def _read_group(self, split: str, group: int) -> list[TokenSequence]:
+        with reading(f"{self.store.url}/{self._key(split, group)}"):
+            return to_sequences(self._table(split, group, None))
 
     def _count(self, split: str, group: int, keep: KeepRule) -> npt.NDArray[np.int64]:
-        tokens, offsets = _flat(self._read_group(split, group, ["tokens"])["tokens"])
+        with reading(f"{self.store.url}/{self._key(split, group)}"):
+            tokens, offsets = flat(self._table(split, group, ["sequence", "tokens"])["tokens"])
         return count_rows(tokens, offsets.astype(np.int64), keep)
+
+    def _key(self, split: str, group: int) -> str:
+        return sequence_key(split, group * self._per_group // self._per_file * self._per_file)
+
+    def _table(self, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
+        first = group * self._per_group
+        file = self._file(self._key(split, group), SEQUENCES)
+        table = file.read_row_group(first % self._per_file // self._per_group, columns=columns)
+        n_least = min(self._per_group, self.splits[split].n_sequences - first)
+        numbers = table["sequence"].to_numpy()
+        if len(numbers) < n_least or not np.array_equal(numbers, np.arange(first, first + len(numbers))):
+            raise ValueError(f"sequences {first}:{first + n_least} are not where they should be")
+        return table
 
     def _stored_index(self, key: str) -> RowIndex | None:
         if not self.store.exists(key):
             return None
-        with self._checked(key, "delete it: it is made again"):
-            file = pq.ParquetFile(io.BytesIO(self.store.read(key)), page_checksum_verification=True)
+        with reading(f"{self.store.url}/{key}", "delete it: it is made again"):
+            file = open_parquet(io.BytesIO(self.store.read(key)), ROW_INDEX)
             if (file.schema_arrow.metadata or {}).get(b"corpus_id") != self.corpus_id.encode():
                 return None
             return RowIndex(file.read()["first_row"].to_numpy())
 
-    def _file(self, key: str) -> pq.ParquetFile:
+    def _file(self, key: str, schema: pa.Schema) -> pq.ParquetFile:
         if key not in self._open_files:
-            stream = _ObjectReader(self.store, key)
-            self._open_files[key] = pq.ParquetFile(stream, page_checksum_verification=True)
+            self._open_files[key] = open_parquet(ObjectReader(self.store, key), schema)
         return self._open_files[key]
-
-    @contextmanager
-    def _checked(self, key: str, remedy: str = _REMEDY) -> Iterator[None]:
-        where = f"{self.store.url}/{key}"
-        try:
-            yield
-        except NotFoundError as error:
-            raise MissingObjectError(f"{where} is absent, but the corpus lists it; {remedy}") from error
-        except (OSError, pa.ArrowException, IndexError) as error:
-            # Arrow's own complaints carry no errno; a disk's or a network's do, and say nothing about the data.
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise CorruptObjectError(f"{where} is damaged ({error}); {remedy}") from error
-
-
-class _ObjectReader(io.RawIOBase):
-    """One stored object as a file that is read by ranges."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key, self._at = store, key, 0
-        self._nbytes = store.nbytes(key)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._nbytes)
-        data = self._store.read_range(self._key, self._at, stop) if stop > self._at else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-    """Return a list column's values end to end and their offsets [n + 1] from 0."""
-    lists = column.combine_chunks()
-    offsets = lists.offsets.to_numpy()
-    return lists.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0]
-
-
-def _to_sequences(table: pa.Table) -> list[TokenSequence]:
-    tokens, offsets = _flat(table["tokens"])
-    roles, _ = _flat(table["roles"])
-    scalars = table.select(["sequence", "document", "window", "offset", "source"]).to_pylist()
-    return [
-        TokenSequence(
-            index=row["sequence"],
-            tokens=tokens[start:stop],
-            roles=roles[start:stop],
-            document=row["document"],
-            window=row["window"],
-            offset=row["offset"],
-            source=row["source"],
-        )
-        for row, start, stop in zip(scalars, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    ]
 
 
 # --- Building -----------------------------------------------------------------------------------------------------

@@ -4,18 +4,16 @@ The order of a corpus is a sort by hash, so that it is the same however files ar
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from actlake.ingest.corpus_files import SEQUENCES, VOCABULARY, sequence_key, write_parquet
 from actlake.ingest.corpus_spec import CorpusSpec, SplitInfo
 from actlake.ingest.tokenising import TokenisedDocuments, Tokenizer
-from actlake.storage.arrays import crc32c
 from actlake.storage.errors import BadInputError, SourceError
 from actlake.storage.records import ObjectRecord
 from actlake.storage.rowspace import ROLE_TEXT
@@ -24,18 +22,6 @@ from actlake.storage.stores import Store
 #: Sequences in one file and in one row group: fixed, so that the bytes follow from the sequences alone.
 SEQUENCES_PER_FILE = 65_536
 SEQUENCES_PER_ROW_GROUP = 1_024
-
-SEQUENCES = pa.schema(
-    [
-        ("sequence", pa.int64()),
-        ("tokens", pa.list_(pa.int32())),
-        ("roles", pa.list_(pa.uint8())),
-        ("document", pa.string()),
-        ("window", pa.int32()),
-        ("offset", pa.int32()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,11 +105,6 @@ def first_tokens(windows: Windows, spec: CorpusSpec) -> Windows:
 # --- Writing ------------------------------------------------------------------------------------------------------
 
 
-def sequence_key(split: str, first: int) -> str:
-    """Return the key of the file that begins with sequence ``first``."""
-    return f"sequences/{split}-{first:010d}.parquet"
-
-
 def write_split(
     store: Store, split: str, documents: TokenisedDocuments, windows: Windows, bos: int | None
 ) -> dict[str, ObjectRecord]:
@@ -143,22 +124,8 @@ def write_vocabulary(store: Store, tokenizer: Tokenizer) -> dict[str, ObjectReco
     """Write the pieces by token id as ``vocab.parquet``; SentencePiece's mark of a space becomes a space."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     text = ["" if piece is None else piece.replace("\u2581", " ") for piece in pieces]
-    table = pa.table({"token_id": pa.array(range(len(text)), pa.int32()), "piece": pa.array(text, pa.string())})
-    return {"vocab.parquet": write_parquet(store, "vocab.parquet", table.schema, [table])}
-
-
-def write_parquet(store: Store, key: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> ObjectRecord:
-    """Store tables as one Parquet object, a row group each; zstd, with checksums of the pages."""
-    sink = pa.BufferOutputStream()
-    dictionaries = [name for name in ("document", "source") if name in schema.names]
-    with pq.ParquetWriter(
-        sink, schema, compression="zstd", use_dictionary=dictionaries, write_page_checksum=True
-    ) as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=max(1, len(table)))
-    data = memoryview(sink.getvalue())
-    store.write(key, data)
-    return ObjectRecord(nbytes=data.nbytes, crc32c=crc32c(data))
+    table = pa.table({"token_id": range(len(text)), "piece": text}, schema=VOCABULARY)
+    return {"vocab.parquet": write_parquet(store, "vocab.parquet", VOCABULARY, [table])}
 
 
 def _table(documents: TokenisedDocuments, windows: Windows, first: int, bos: int | None) -> pa.Table:

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import split_protocol
 
 from actlake.storage.errors import SourceError, nearest
 from actlake.storage.stores import Store
@@ -140,11 +139,11 @@ def _list(source: str, options: Mapping[str, Any] | None) -> list[SourceFile]:
 
 def _split(source: str) -> tuple[str, str]:
     """Return a source's fixed folder, and the file name or pattern below it."""
-    protocol, path = split_protocol(source)
+    protocol, _, path = source.rpartition("://")
     parts = path.split("/")
     n_fixed = next((i for i, part in enumerate(parts) if _MAGIC.search(part)), len(parts) - 1)
     folder = "/".join(parts[:n_fixed])
-    if protocol is None:
+    if not protocol:
         folder = folder or ("/" if path.startswith("/") else ".")
         return folder, "/".join(parts[n_fixed:])
     return f"{protocol}://{folder}", "/".join(parts[n_fixed:])

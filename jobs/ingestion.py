@@ -22,9 +22,8 @@ from actlake.ingest.corpus_spec import CorpusSpec
 from actlake.jobs.engines import local
 from actlake.jobs.engines.events import Event, ShardAbandoned
 from actlake.jobs.jobfile import Job
-from actlake.jobs.planning import heldout_rows, plan_keep, plan_points, plan_rows_per_shard, plan_spec, special_ids
+from actlake.jobs.planning import heldout_rows, plan_keep, plan_spec, special_ids
 from actlake.jobs.work import Task, WorkOrder, available_cpus, split_store
-from actlake.storage.codecs import Codec
 from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, ShardFailedError, SpecMismatchError
 from actlake.storage.header import Header, prepare
 from actlake.storage.manifest import Manifest, compact, write_root
@@ -122,28 +121,16 @@ def _check_context(job: Job, shape: ModelShape) -> None:
 
 def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
     """Refuse another spec at the URL before any work is done; ids that need work are compared in ``prepare``."""
-    points = plan_points(job, shape)  # Raises for unknown hook points and sizes that do not fit.
+    unknown = ModelRef(name=stored_name(job.model), revision=None, path="", fingerprint="")
+    # Raises for unknown hook points, and for sizes that do not fit or do not divide.
+    wanted = plan_spec(job, model=unknown, shape=shape, corpus_id="", keep=KeepRule(), split="train")
     try:
         header = Header.read(store)
     except NotFoundError:
         return
-    rows_per_shard = plan_rows_per_shard(
-        job.layout, sum(p.width for p in points) * (2 if job.capture.dtype == "bfloat16" else 4)
-    )
-    wanted = replace(
-        header.spec,
-        model=stored_name(job.model),
-        architecture=shape.architecture,
-        hook_points=points,
-        dtype=job.capture.dtype,
-        seed=job.seed,
-        order=job.layout.order,
-        rows_per_shard=rows_per_shard,
-        rows_per_block=job.layout.rows_per_block or rows_per_shard,
-        batch_tokens=job.capture.batch_tokens,
-        codec=Codec(name=job.layout.codec),
-    )
-    header.spec.require_equal(wanted, store.url)
+    stored = header.spec
+    known = {name: getattr(stored, name) for name in ("model_revision", "model_fingerprint", "corpus_id", "keep")}
+    stored.require_equal(replace(wanted, **known), store.url)
     corpus = Corpus.open(resolve_url(header.corpus, store))
     if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer)):
         raise SpecMismatchError(

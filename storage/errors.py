@@ -27,6 +27,10 @@ class UnknownNameError(BadInputError, KeyError):
         return str(self.args[0])
 
 
+class RowRangeError(BadInputError, IndexError):
+    """A row number outside of the dataset."""
+
+
 class JobFileError(BadInputError):
     """A job file that cannot be used."""
 

@@ -208,19 +208,23 @@ def _numbers(store: Store, folder: str, suffix: str) -> list[int]:
 
 def _read_group(store: Store, group: int) -> pa.Table:
     key = group_key(group)
+    data = store.read(key)
     try:
-        return pq.read_table(pa.BufferReader(store.read(key)), schema=SCHEMA)
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, NotFoundError):
-            raise
+        # With a schema given, pyarrow would fill absent columns with nulls.
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        if not table.schema.equals(SCHEMA):
+            raise ValueError("other columns than a manifest's")
+    except (ValueError, OSError) as error:
         raise CorruptObjectError(f"{store.url}/{key} is damaged ({error}); {_REMEDY}") from error
+    # Fields of a file carry Parquet ids, which would get into the bytes of a group written from them.
+    return table.cast(SCHEMA)
 
 
 def _to_row(record: ShardRecord) -> dict[str, Any]:
     provenance = record.provenance
     objects = [
         {"array": name, "nbytes": o.nbytes, "crc32c": o.crc32c, "index_crc32c": o.index_crc32c}
-        for name, o in record.objects.items()
+        for name, o in sorted(record.objects.items())
     ]
     row = {name: getattr(record, name) for name in SCHEMA.names if hasattr(record, name)}
     row |= {name: getattr(provenance, name) for name in SCHEMA.names if hasattr(provenance, name)}

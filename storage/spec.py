@@ -132,8 +132,8 @@ class DatasetSpec:
         ]
 
     def require_equal(self, other: "DatasetSpec", url: str) -> None:
-        """Raise ``SpecMismatchError`` with the differing fields where ``other``, stored at ``url``, is another spec."""
-        if lines := other.difference(self):
+        """Raise ``SpecMismatchError`` with the differing fields where this spec, stored at ``url``, is another."""
+        if lines := self.difference(other):
             listed = "\n  ".join(lines)
             raise SpecMismatchError(
                 f"{url} holds a dataset with another spec (here: stored, there: this job):\n  {listed}\n"

@@ -24,7 +24,7 @@ class BFloat16(BaseFloat[Any, Any]):
     """Zarr v3 data type ``bfloat16`` over ``ml_dtypes.bfloat16``, little endian."""
 
     dtype_cls = type(BFLOAT16)
-    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"  # type: ignore[assignment]
+    _zarr_v3_name: ClassVar[Literal["bfloat16"]] = "bfloat16"
     _zarr_v2_names: ClassVar[tuple[()]] = ()
 
     @classmethod

@@ -62,7 +62,7 @@ def show(dataset: Dataset, as_json: AsJson = False) -> None:
 
 def summarise(ds: actlake.ActivationDataset) -> dict[str, Any]:
     """Return what ``show`` prints, as JSON values."""
-    stored = dict.fromkeys(ds.spec.arrays(), 0) | dict(ds.nbytes_by_array())
+    stored = dict.fromkeys(ds.spec.arrays(), 0) | ds.reader.manifest.nbytes_by_array()
     arrays = ds.spec.arrays()
     points = {}
     for point in ds.spec.hook_points:
@@ -220,9 +220,9 @@ def verify_splits(dataset: str, *, repair: bool = False, quiet: bool = False) ->
 
     ds = actlake.open(dataset)
     reports = []
-    for part in (ds, ds.heldout) if ds.has_heldout else (ds,):
+    for part in (ds, ds.heldout) if ds.store.exists("heldout/spec.json") else (ds,):
         with bars(ERRORS) as progress:
-            task = progress.add_task("verify", total=part.manifest.num_rows, detail=part.spec.split)
+            task = progress.add_task("verify", total=part.reader.manifest.nbytes, detail=part.spec.split)
             report = checks.verify(part, on_progress=lambda n, task=task, p=progress: p.update(task, advance=n))
         reports.append({"url": part.url, "split": part.spec.split, **asdict(report)})
         if not quiet:

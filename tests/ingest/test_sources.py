@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -70,7 +70,8 @@ def test_a_folder_with_pattern_characters_in_the_working_directory(
 def test_json_lines_plain_and_compressed(tmp_path: Path, ending: str) -> None:
     first, second = _jsonl([{"text": "A\u2028a"}, {"id": "own", "text": "B"}]), b"\n" + _jsonl([{"id": 7, "text": "C"}])
     # Compressed files may be several streams end to end.
-    encode = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": _zstd}[ending]
+    encoders: dict[str, Callable[[bytes], bytes]] = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": _zstd}
+    encode = encoders[ending]
     (tmp_path / f"a.{ending}").write_bytes(encode(first) + encode(second))
     assert _pairs(f"{tmp_path}/a.{ending}") == [(f"a.{ending}:1", "A\u2028a"), ("own", "B"), ("7", "C")]
 

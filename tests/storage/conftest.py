@@ -1,19 +1,25 @@
 """A tiny dataset whose every value is a formula of the row id, so that tests compare exact arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 from actlake.storage.codecs import Codec
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec, PointSpec
 from actlake.storage.stores import Store
+
+# No deadline a case: the machine that runs the tests may be busy.
+settings.register_profile("actlake", deadline=None)
+settings.load_profile("actlake")
 
 SPEC = DatasetSpec(
     model="formula",
@@ -45,7 +51,7 @@ def make_spec() -> Callable[..., DatasetSpec]:
 
 @pytest.fixture
 def make_rows() -> Callable[..., npt.NDArray[Any]]:
-    """Return a function that gives rows ``[n, width]`` (or ``[n]``) of a dtype: distinct small numbers, exact in bf16."""
+    """Return a function that gives rows ``[n, width]``, or ``[n]``, of a dtype: small numbers, exact in bfloat16."""
 
     def rows(n: int, width: int | None, dtype: str = "bfloat16") -> npt.NDArray[Any]:
         numbers = np.arange(n * (width or 1), dtype=np.int64) * 37 % 251
@@ -81,19 +87,50 @@ def make_record() -> Callable[..., ShardRecord]:
     return record
 
 
-class FailingStore(Store):
-    """A store whose write number ``fail_at`` (from 0) raises; -1 never fails."""
+class WatchedStore(Store):
+    """A store that notes its calls; call number ``fail_at`` of those that change something raises (-1: none does)."""
 
     fail_at = -1
-    n_writes = 0
+
+    def __init__(self, url: str | Path, options: dict[str, Any] | None = None) -> None:
+        super().__init__(url, options)
+        self.changes: list[str] = []
+        self.reads: list[str] = []
+        self.listings: list[str] = []
+
+    def _change(self, what: str) -> None:
+        self.changes.append(what)
+        if len(self.changes) - 1 == self.fail_at:
+            raise OSError(f"change {self.fail_at} ({what}) fails on purpose")
 
     def write(self, key: str, *parts: bytes | memoryview) -> None:
-        self.n_writes += 1
-        if self.n_writes - 1 == self.fail_at:
-            raise OSError(f"write {self.fail_at} fails on purpose")
+        self._change(f"write {key}")
         super().write(key, *parts)
+
+    def delete(self, key: str) -> None:
+        self._change(f"delete {key}")
+        super().delete(key)
+
+    def read(self, key: str) -> bytes:
+        self.reads.append(key)
+        return super().read(key)
+
+    def names(self, key: str = "") -> list[str]:
+        self.listings.append(key)
+        return super().names(key)
 
 
 @pytest.fixture
-def failing_store() -> type[FailingStore]:
-    return FailingStore
+def watched() -> type[WatchedStore]:
+    return WatchedStore
+
+
+@pytest.fixture
+def memory_url(tmp_path: Path) -> Iterator[str]:
+    """Return the URL of a folder in fsspec's memory file system, emptied afterwards."""
+    store = Store(f"memory:/{tmp_path}")
+    yield store.url
+    # Its own rm looks every object up again.
+    objects = store.fs.store
+    for path in [path for path in objects if path.startswith(f"/{store.root}/")]:
+        del objects[path]

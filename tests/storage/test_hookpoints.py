@@ -50,7 +50,7 @@ def test_expand_gives_each_name_once_in_the_order_of_the_model() -> None:
         ("layers.99.*", "layer 99 is out of range; the layers are 0..2"),
         ("layers.1.mlp_inn", "did you mean 'layers.1.mlp_in'?"),
         ("layers.*.resid_pos", "did you mean 'layers.*.resid_post'?"),
-        ("layers.*.attn", "valid names: layers.*.mlp_in, layers.*.mlp_out, layers.*.resid_post"),
+        ("layers.*.what_is_not_there", "valid names: layers.*.mlp_in, layers.*.mlp_out, layers.*.resid_post"),
         ("blocks", "valid names: layers.0.mlp_in"),
     ],
 )

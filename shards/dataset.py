@@ -1,0 +1,345 @@
+"""Read handle of a dataset: ``open``, ``ActivationDataset`` and its arrays by name, ``PointView``."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actlake.shards.objects import ShardReader, bits_dtype
+from actlake.shards.prefetch import Workers, thread_count
+from actlake.storage.arrays import ArraySpec
+from actlake.storage.errors import (
+    BadInputError,
+    MissingExtraError,
+    NotFoundError,
+    RowRangeError,
+    UncommittedShardError,
+    UnknownNameError,
+    nearest,
+)
+from actlake.storage.header import Header
+from actlake.storage.manifest import Manifest
+from actlake.storage.moments import Moments, fold
+from actlake.storage.spec import ROW_COLUMNS, DatasetSpec
+from actlake.storage.stores import Store
+
+if TYPE_CHECKING:
+    import torch
+
+    from actlake.shards.stream import ActivationStream
+
+I64 = npt.NDArray[np.int64]
+
+#: What selects rows: a number, a slice, ``...`` or a sequence of numbers.
+RowKey = int | slice | EllipsisType | Sequence[int] | npt.NDArray[Any]
+
+
+def open(  # noqa: A001  (actlake.open is the name that users type)
+    url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> "ActivationDataset":
+    """Open a dataset at a path or any fsspec URL, on the shards that are committed now.
+
+    ``storage_options`` go to the file system. Raises ``NotFoundError`` where there is no dataset,
+    ``FormatVersionError`` for one of a newer format.
+    """
+    store = Store(url, storage_options)
+    return ActivationDataset(store, Header.read(store), Manifest.load(store))
+
+
+class ActivationDataset:
+    """A dataset as it stood when it was opened: spec, manifest and arrays. Thread-safe; pickles as URL and options.
+
+    ``reader`` reads its chunks and ``store`` its bytes; both are for tools that need more than this class offers.
+    """
+
+    def __init__(self, store: Store, header: Header, manifest: Manifest) -> None:
+        self.store, self.header = store, header
+        self.reader = ShardReader(store, header.spec, manifest)
+        self._moments: dict[str, Moments] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.store.url, self.store.options)
+
+    # --- what there is ---
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def spec(self) -> DatasetSpec:
+        return self.header.spec
+
+    @property
+    def manifest(self) -> pa.Table:
+        """One row per committed shard, ascending; ``storage.manifest`` has the columns."""
+        return self.reader.manifest.table
+
+    @property
+    def n_rows(self) -> int:
+        """Committed rows, voids included."""
+        return self.reader.manifest.n_rows
+
+    @property
+    def n_rows_planned(self) -> int:
+        return self.header.n_rows
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        return self.spec.point_names
+
+    @cached_property
+    def missing_shards(self) -> list[int]:
+        """Shards that are not committed, or committed with fewer rows than are planned now; ascending."""
+        space = self.spec.row_space(self.n_rows_planned)
+        committed = self.reader.manifest.n_rows_by_shard()
+        return [shard for shard in range(space.n_shards) if committed.get(shard, 0) < len(space.rows_of(shard))]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned row is committed."""
+        return not self.missing_shards
+
+    @cached_property
+    def heldout(self) -> "ActivationDataset":
+        """The held-out split, the same interface; raise ``NotFoundError`` where the job held nothing out."""
+        try:
+            return open(self.store.child("heldout").url, self.store.options)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{self.url} has no held-out split; it gets one from 'holdout' in the job file's [corpus], where that "
+                "share of the documents has rows"
+            ) from error
+
+    def __repr__(self) -> str:
+        manifest, spec = self.reader.manifest, self.spec
+        ratio = f", {spec.nbytes_per_row * self.n_rows / manifest.nbytes:.2f}x compressed" if manifest.nbytes else ""
+        state = "complete" if self.complete else f"{len(self.missing_shards):_} shards missing"
+        points = self.hook_points if len(self.hook_points) <= 4 else (*self.hook_points[:3], "...")
+        lines = (
+            f"ActivationDataset {self.url}",
+            f"  model        {spec.model}, {spec.split} split, {spec.dtype}",
+            f"  rows         {self.n_rows:_} of {self.n_rows_planned:_} in {len(manifest):_} shards, {state}",
+            f"  hook points  {len(self.hook_points)}: {', '.join(points)}",
+            f"  stored       {manifest.nbytes / 1e9:.3f} GB{ratio}",
+        )
+        return "\n".join(lines)
+
+    # --- rows ---
+
+    def __getitem__(self, name: str) -> "PointView":
+        """Return the view of a hook point, or of a row column such as ``rows/token_id``."""
+        if name not in self.reader.arrays:
+            raise UnknownNameError(f"{self.url} has no array {name!r}{nearest(str(name), self.reader.arrays)}")
+        return PointView(self, self.reader.arrays[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hook_points)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.reader.arrays
+
+    def tensor(self, name: str, rows: RowKey) -> "torch.Tensor":
+        """Return ``self[name][rows]`` as a tensor, bfloat16 as ``torch.bfloat16``, without a copy."""
+        _require_torch()
+        from actlake.shards.batch import to_tensor
+
+        found = np.asarray(self[name][rows])
+        return to_tensor(found.view(bits_dtype(self[name].array)))
+
+    def rows(self, rows: RowKey) -> dict[str, npt.NDArray[Any]]:
+        """Return token_id, position, sequence and role of rows, without reading activations."""
+        return {column: self[f"rows/{column}"][rows] for column in ROW_COLUMNS}
+
+    def statistics(self, point: str) -> Moments:
+        """Return count, mean, M2 and mean norm of a hook point over the committed rows that are not void, in float64.
+
+        Folded from what was stored with each shard. Raises ``MissingObjectError`` or ``CorruptObjectError``.
+        """
+        if point not in self.hook_points:
+            raise UnknownNameError(f"{self.url} has no hook point {point!r}{nearest(point, self.hook_points)}")
+        if point not in self._moments:
+            shards = self.reader.manifest.shards
+            with Workers(thread_count(self.store.local)) as workers:
+                parts = dict(zip(shards, workers.map(self._moments_of(point), shards), strict=True))
+            self._moments[point] = fold(parts, self.reader.arrays[point].width or 1)
+        return self._moments[point]
+
+    def _moments_of(self, point: str) -> Callable[[int], Moments]:
+        return lambda shard: self.reader.statistics(shard)[point]
+
+    # --- training ---
+
+    def stream(
+        self,
+        points: str | Sequence[str],
+        *,
+        batch_size: int = 4096,
+        seed: int = 0,
+        epochs: int | None = 1,
+        drop_last: bool = True,
+        buffer_bytes: int | str = "1GiB",
+    ) -> "ActivationStream":
+        """Return a stream of shuffled batches over the shards that were committed when the dataset was opened.
+
+        Args:
+            points: hook points or patterns of them, e.g. ``"layers.*.resid_post"``.
+            batch_size: rows of a batch.
+            seed: decides the order, together with the epoch.
+            epochs: how many times each row comes in one iteration; None for no end.
+            drop_last: leave out the last, short batch of an epoch.
+            buffer_bytes: memory for the batches in flight; a larger buffer mixes more chunks in each batch. It is a
+                part of the order: a state continues only with the number of units per window that it began with.
+
+        Raises ``UnknownNameError`` or ``BadInputError`` for what cannot be streamed, ``MissingExtraError`` without
+        torch.
+        """
+        _require_torch()
+        from actlake.shards.stream import ActivationStream, StreamSettings
+
+        chosen = self.spec.select(points if isinstance(points, str) else list(points))
+        settings = StreamSettings(
+            points=chosen,
+            batch_size=batch_size,
+            seed=seed,
+            epochs=epochs,
+            drop_last=drop_last,
+            buffer_bytes=buffer_bytes,
+        )
+        return ActivationStream(self.reader, settings)
+
+
+class PointView:
+    """One array of a dataset, by row number: of the shape that is planned, readable where shards are committed.
+
+    ``view[5]`` is [width]; ``view[100:200]``, ``view[[3, 70_000, 5]]`` and ``view[numpy integers]`` are [n, width] in
+    the order asked for. Negative numbers count from the planned end. Each chunk is read and decoded once. Rows are
+    stored permuted: neighbours are not neighbouring tokens. Void rows are zeros.
+    """
+
+    def __init__(self, dataset: ActivationDataset, array: ArraySpec) -> None:
+        self._dataset, self.array = dataset, array
+
+    @property
+    def name(self) -> str:
+        return self.array.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape(self._dataset.n_rows_planned)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.numpy_dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self._dataset.n_rows_planned
+
+    def __repr__(self) -> str:
+        return f"PointView({self.name!r} of {self._dataset.url!r}: {list(self.shape)} {self.dtype})"
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        for start in range(0, len(self), self.array.rows_per_chunk):
+            yield from self[start : start + self.array.rows_per_chunk]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        rows = self[:]
+        return rows if dtype is None else rows.astype(dtype)
+
+    def __getitem__(self, key: RowKey) -> npt.NDArray[Any]:
+        """Return the rows of a key.
+
+        Raises ``RowRangeError`` (an ``IndexError``) for rows outside of the dataset, ``UncommittedShardError`` for
+        rows without a commit record, ``BadInputError`` for a key of another kind.
+        """
+        rows = _row_numbers(key, len(self), self.name)
+        self._require_committed(rows)
+        found = self._read(rows.reshape(-1)).view(self.dtype)
+        one: npt.NDArray[Any] = found.reshape(rows.shape + self.shape[1:])
+        return one[()] if one.ndim == 0 else one
+
+    def _require_committed(self, rows: I64) -> None:
+        space = self._dataset.spec.row_space(len(self))
+        committed = self._dataset.reader.manifest.n_rows_by_shard()
+        shards, offsets = np.divmod(rows.reshape(-1), space.rows_per_shard)
+        for shard in np.unique(shards).tolist():
+            n_rows, last = committed.get(shard, 0), int(offsets[shards == shard].max())
+            if last >= n_rows:
+                has = f"has {n_rows} of its {len(space.rows_of(shard))} rows" if n_rows else "is not committed"
+                raise UncommittedShardError(
+                    f"{self.name}: row {shard * space.rows_per_shard + last} is in shard {shard}, which {has}; "
+                    "'actlake ingest' with the dataset's job file builds what is missing"
+                )
+
+    def _read(self, rows: I64) -> npt.NDArray[Any]:
+        out = np.empty(self.array.shape(len(rows)), dtype=bits_dtype(self.array))
+        if not len(rows):
+            return out
+        chunks = rows // self.array.rows_per_chunk
+        order = np.argsort(chunks, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(chunks[order])) + 1)
+
+        def fill(places: I64) -> None:
+            self._read_chunk(int(chunks[places[0]]), rows, places, out)
+
+        if len(groups) == 1:
+            fill(groups[0])
+        else:
+            with Workers(min(len(groups), thread_count(self._dataset.store.local))) as workers:
+                _exhaust(workers.map(fill, groups))
+        return out
+
+    def _read_chunk(self, number: int, rows: I64, places: I64, out: npt.NDArray[Any]) -> None:
+        # Chunks are numbered through, since they divide the shard.
+        size = self.array.rows_per_chunk
+        shard, chunk = divmod(number, self.array.chunks_per_shard)
+        first = int(places[0])
+        target = out[first : first + size]
+        whole = len(places) == size == len(target)
+        if whole and np.array_equal(rows[first : first + size], np.arange(number * size, (number + 1) * size)):
+            self._dataset.reader.read_chunk(self.array, shard, chunk, target)
+            return
+        scratch = np.empty(self.array.shape(size), dtype=out.dtype)
+        self._dataset.reader.read_chunk(self.array, shard, chunk, scratch)
+        out[places] = scratch[rows[places] - number * size]
+
+
+def _row_numbers(key: RowKey, n_rows: int, name: str) -> I64:
+    """Return the row numbers of a key, int64, of no dimension for a single row."""
+    if isinstance(key, slice | EllipsisType):
+        start, stop, step = (key if isinstance(key, slice) else slice(None)).indices(n_rows)
+        return np.arange(start, stop, step, dtype=np.int64)
+    given = np.asarray(key) if not isinstance(key, tuple) else np.empty((0, 0))
+    if given.size == 0 and given.ndim == 1:
+        return np.empty(0, dtype=np.int64)
+    if given.ndim > 1 or given.dtype.kind not in "iu":
+        raise BadInputError(
+            f"{name}: rows are selected by a number, a slice or a list of numbers, not by {key!r}; "
+            "of a mask take np.flatnonzero(mask), and select channels from the result"
+        )
+    numbers = given.astype(np.int64)
+    outside = (numbers < -n_rows) | (numbers >= n_rows)
+    if outside.any():
+        raise RowRangeError(f"{name}: row {numbers[outside].flat[0]} is out of range; the rows are 0..{n_rows - 1}")
+    return np.where(numbers < 0, numbers + n_rows, numbers)
+
+
+def _exhaust(results: Iterable[None]) -> None:
+    for _ in results:
+        pass
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401  (looked for here, so that the message can name the remedy)
+    except ImportError as error:
+        raise MissingExtraError("tensors need torch, which is not installed; pip install torch") from error

@@ -1,0 +1,184 @@
+"""The order of a stream, as pure functions of (seed, epoch, snapshot, batch size, units per window).
+
+- The **snapshot** is the set of committed shards, with their rows, that the stream began on.
+- A **unit** is ``rows_per_unit`` consecutive stored rows of one shard (fewer at the end of a short one): whole chunks
+  of every chosen hook point, so that each chunk is decoded once an epoch. ``rows_per_unit`` is the least common
+  multiple of their chunk sizes. Void rows are left out of it.
+- In an epoch the units come in ascending order of the key ``mix(mix(mix(seed ^ SALT) ^ epoch) ^ id)``, ``mix`` being
+  the splitmix64 step of ``storage.rowspace`` and ``id`` the number of the unit in the planned row space.
+- A **window** is a run of units that is decoded together. Every unit of a window is cut into T contiguous *stripes*, T
+  being the window's rows over the batch size; the window's rows are put out stripe by stripe, and in a stripe unit by
+  unit. Unit u of U has its edge t at row ``floor(t * rows / T + u / U)``: stripes of a whole number of batches' rows
+  then are exactly a batch each (Hermite's identity), though the units' pieces differ by a row. So every batch has rows of all units of its window, a unit is copied while it is in the cache, and no row is
+  moved on its own: rows were permuted among themselves when they were written.
+- The windows' rows, one after another, are cut into batches. A batch may span two windows; it spans two epochs only in
+  an endless stream.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from actlake.storage.arrays import crc32c
+from actlake.storage.errors import BadInputError
+from actlake.storage.rowspace import mix64
+
+I64 = npt.NDArray[np.int64]
+
+#: Sets the order of units apart from the order of rows in a shuffle block, which hashes likewise.
+_SALT = np.uint64(0x756E6974)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """The shards of a stream, int64 [K] each: their numbers (ascending), committed rows and void rows."""
+
+    shard: I64
+    n_rows: I64
+    n_void: I64
+
+    @property
+    def n_kept(self) -> int:
+        """Rows that the stream delivers in an epoch."""
+        return int(self.n_rows.sum() - self.n_void.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the snapshot as a few integers: runs of shards, total of rows, and a checksum of everything."""
+        first = np.flatnonzero(np.diff(self.shard, prepend=-2) != 1)
+        count = np.diff(np.append(first, len(self.shard)))
+        runs = np.stack([self.shard[first], count], axis=1).tolist()
+        return {"shards": runs, "n_rows": int(self.n_rows.sum()), "crc32c": self._crc32c()}
+
+    def restrict(self, value: Mapping[str, Any]) -> Self:
+        """Return the older snapshot that ``to_json`` described, as a part of this one.
+
+        Raises ``BadInputError`` where shards of it are no longer there or have other rows.
+        """
+        runs = [np.arange(first, first + count, dtype=np.int64) for first, count in value["shards"]]
+        wanted = np.concatenate([*runs, np.empty(0, dtype=np.int64)])
+        lost = np.setdiff1d(wanted, self.shard)
+        if len(lost):
+            raise BadInputError(
+                f"the state is of a snapshot with shard {lost[0]} ({len(lost)} such shards), which is not committed "
+                "now; 'actlake ingest' with the dataset's job file builds it again"
+            )
+        chosen = np.isin(self.shard, wanted)
+        older = type(self)(shard=self.shard[chosen], n_rows=self.n_rows[chosen], n_void=self.n_void[chosen])
+        if older._crc32c() != value["crc32c"]:
+            raise BadInputError(
+                f"the state is of a snapshot with {value['n_rows']} rows in {len(wanted)} shards; the same shards have "
+                f"{older.n_rows.sum()} rows now ({older.n_void.sum()} void): a short last shard has grown, or rows "
+                "became void. Begin a new stream"
+            )
+        return older
+
+    def _crc32c(self) -> int:
+        return crc32c(np.stack([self.shard, self.n_rows, self.n_void]).astype("<i8").tobytes())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Units:
+    """Units in a fixed order, int64 [U] each: shard, first row inside the shard, stored rows."""
+
+    shard: I64
+    start: I64
+    n_rows: I64
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, rows_per_unit: int) -> Self:
+        """Cut the shards of a snapshot into units, in stored order."""
+        per_shard = -(-snapshot.n_rows // rows_per_unit)
+        shard, n_rows = np.repeat(snapshot.shard, per_shard), np.repeat(snapshot.n_rows, per_shard)
+        first = np.repeat(np.cumsum(per_shard) - per_shard, per_shard)
+        start = (np.arange(len(shard)) - first) * rows_per_unit
+        return cls(shard=shard, start=start, n_rows=np.minimum(rows_per_unit, n_rows - start))
+
+
+def epoch_order(seed: int, epoch: int, ids: I64) -> I64:
+    """Return the permutation of the units with the given numbers in one epoch: int64 [U], the place of the next."""
+    key = mix64(mix64(np.uint64(seed) ^ _SALT) ^ np.uint64(epoch))
+    return np.argsort(mix64(key ^ ids.astype(np.uint64)), kind="stable")
+
+
+def units_per_window(buffer_nbytes: int, nbytes_per_row: int, rows_per_unit: int, batch_size: int) -> int:
+    """Return how many units half of a buffer holds: whole batches where it holds one, one batch at least."""
+    per_batch = -(-batch_size // rows_per_unit)
+    fit = max(per_batch, buffer_nbytes // 2 // (nbytes_per_row * rows_per_unit))
+    even = batch_size // np.gcd(batch_size, rows_per_unit)
+    return int(fit // even * even or fit)
+
+
+def window_bounds(n_units: int, per_window: int, batch_size: int, rows_per_unit: int) -> list[tuple[int, int]]:
+    """Cut the units of an epoch into windows of about equal size, so that the last mixes as well as the others."""
+    n_windows = max(1, -(-n_units // per_window))
+    even = int(batch_size // np.gcd(batch_size, rows_per_unit))
+    even = even if per_window % even == 0 else 1
+    cuts = [window * n_units // n_windows // even * even for window in range(n_windows)] + [n_units]
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Deal:
+    """Which rows of each unit of a window go where: pieces as int64 [P], grouped by unit.
+
+    A piece is ``length`` kept rows of its unit from ``source`` on; they go to rows ``target`` and following of the
+    window's batch number ``batch``.
+    """
+
+    n_rows: int
+    source: I64
+    batch: I64
+    target: I64
+    length: I64
+    first_piece: I64
+
+    def of_unit(self, unit: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (source, batch, target, length) of each piece of a unit."""
+        pieces = slice(self.first_piece[unit], self.first_piece[unit + 1])
+        columns = (self.source, self.batch, self.target, self.length)
+        return zip(*(column[pieces].tolist() for column in columns), strict=True)
+
+
+def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: int = 0) -> Deal:
+    """Plan a window over units of ``kept`` rows each.
+
+    The window's first ``skip`` rows were delivered before and go nowhere; the next goes to row ``filled`` of batch 0,
+    which the window before has begun. ``n_rows`` of the plan is what goes into batches.
+    """
+    kept_U = np.asarray(kept, dtype=np.int64)
+    n_stripes = max(1, int(kept_U.sum()) // batch_size)
+    n_units = len(kept_U)
+    edges_TU = np.arange(n_stripes + 1)[:, None] * kept_U * n_units + np.arange(n_units) * n_stripes
+    edges_TU //= n_stripes * n_units
+    source, length = edges_TU[:-1].reshape(-1), np.diff(edges_TU, axis=0).reshape(-1)
+    unit = np.tile(np.arange(n_units), n_stripes)
+    # Leave out what was delivered; then `place` counts the rows of the batches in flight, begun ones included.
+    place = np.cumsum(length) - length - skip
+    late = np.clip(-place, 0, length)
+    source, length, place = source + late, length - late, place + late + filled
+    # Cut at the batches' edges.
+    n_cuts = np.maximum(0, (place + length - 1) // batch_size - place // batch_size) + 1
+    n_cuts[length == 0] = 0
+    piece = np.repeat(np.arange(len(length)), n_cuts)
+    nth = np.arange(len(piece)) - np.repeat(np.cumsum(n_cuts) - n_cuts, n_cuts)
+    batch = place[piece] // batch_size + nth
+    low = np.maximum(place[piece], batch * batch_size)
+    high = np.minimum(place[piece] + length[piece], (batch + 1) * batch_size)
+    by_unit = np.argsort(unit[piece], kind="stable")
+    columns = (source[piece] + low - place[piece], batch, low - batch * batch_size, high - low)
+    ordered = [column[by_unit] for column in columns]
+    return Deal(
+        n_rows=int(length.sum()),
+        source=ordered[0],
+        batch=ordered[1],
+        target=ordered[2],
+        length=ordered[3],
+        first_piece=np.searchsorted(unit[piece][by_unit], np.arange(n_units + 1)),
+    )

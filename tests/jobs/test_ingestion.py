@@ -1,0 +1,174 @@
+"""Whole runs of the driver on a tiny real model: complete, resumed, grown, refused, failed."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import contents, run_until
+
+import actlake
+from actlake.ingest.build import ShardBuilder
+from actlake.jobs.engines.events import Event, ShardCommitted
+from actlake.jobs.ingestion import Listener, ingest
+from actlake.jobs.jobfile import read_job
+from actlake.storage.errors import BadInputError, JobFileError, ShardFailedError, SpecMismatchError, UnknownNameError
+from actlake.storage.records import commit_key, read_record
+from actlake.storage.stores import Store
+
+Write = Callable[..., Path]
+
+
+def test_a_run_leaves_a_complete_dataset_with_its_held_out_split(write_job: Write, tmp_path: Path) -> None:
+    report = ingest(read_job(write_job()), engine="local")
+    ds = actlake.open(tmp_path / "ds")
+    assert ds.complete
+    assert ds.n_rows == 700
+    assert ds.hook_points == ("layers.0.resid_post", "layers.1.attn_z", "layers.1.resid_post", "layers.2.resid_post")
+    assert ds.heldout.complete
+    assert ds.heldout.n_rows == 175  # 700 x 0.2 / 0.8
+    assert report.n_rows == 875
+    assert report.n_built == report.n_shards == 6 + 2
+    assert report.raw_nbytes == 875 * ds.spec.nbytes_per_row
+    ours = set(ds["rows/sequence"][:].tolist())
+    assert len(ours) > 20
+    assert Store(tmp_path / "ds").exists("root.json")
+
+
+def test_a_second_run_builds_nothing(write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = read_job(write_job())
+    ingest(job, engine="local")
+    before = contents(tmp_path / "ds")
+    monkeypatch.setattr(ShardBuilder, "build", lambda *_: pytest.fail("a shard was built again"))
+    assert ingest(job, engine="local").n_built == 0
+    assert contents(tmp_path / "ds") == before
+
+
+def test_more_rows_add_shards_and_equal_a_run_from_scratch(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    ingest(read_job(write_job(max_rows=300)), engine="local")
+    first = actlake.open(tmp_path / "ds")["layers.1.attn_z"][:256]
+    report = ingest(read_job(write_job(max_rows=700)), engine="local")
+    assert report.n_built == 4 + 2  # The short third shard again and three more; both held-out shards.
+    grown = contents(tmp_path / "ds")
+    revised = {key for key in grown if "commits/" in key and grown[key].pop("revision") > 0}
+    assert {key.split("/")[-1] for key in revised} == {"0000000002.json", "0000000000.json"}
+    fresh = {key: dict(v) if isinstance(v, dict) else v for key, v in reference.items()}
+    for key in fresh:
+        if "commits/" in key:
+            del fresh[key]["revision"]
+    assert {k: v for k, v in grown.items() if k != "x"} == fresh
+    assert np.array_equal(first.view("u2"), actlake.open(tmp_path / "ds")["layers.1.attn_z"][:256].view("u2"))
+
+
+def test_fewer_rows_change_nothing(write_job: Write, tmp_path: Path, reference: dict[str, Any]) -> None:
+    ingest(read_job(write_job()), engine="local")
+    assert ingest(read_job(write_job(max_rows=10)), engine="local").n_built == 0
+    assert contents(tmp_path / "ds") == reference
+
+
+def test_more_rows_than_the_corpus_has_build_all_of_it(write_job: Write, tmp_path: Path) -> None:
+    notes: list[str] = []
+    listener = Listener()
+    listener.note = notes.append  # type: ignore[method-assign]
+    ingest(read_job(write_job(max_rows=10**6)), engine="local", listener=listener)
+    ds = actlake.open(tmp_path / "ds")
+    assert ds.complete
+    assert any(f"the corpus has {ds.n_rows:,} rows, max_rows asks for 1,000,000" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows_per_shard": 256}, r"rows_per_shard: here 128, there 256"),
+        ({"hook_points": '["layers.1.attn_z"]'}, r"hook_points\.layers\.0\.resid_post: here '32 wide"),
+        ({"holdout": 0.3}, r"holdout: 0\.2 there, 0\.3 asked"),
+    ],
+)
+def test_another_spec_at_the_url_is_refused_field_by_field(
+    write_job: Write, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    ingest(read_job(write_job(max_rows=100)), engine="local")
+    before = contents(tmp_path)
+    with pytest.raises(SpecMismatchError, match=message):
+        ingest(read_job(write_job(max_rows=100, **changes)), engine="local")
+    del before["job.toml"]
+    after = contents(tmp_path)
+    del after["job.toml"]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"hook_points": '["layers.3.resid_post"]'},
+            UnknownNameError,
+            r"layer 3 is out of range; the layers are 0\.\.2",
+        ),
+        ({"hook_points": '["layers.1.resid_pots"]'}, UnknownNameError, r"did you mean 'layers\.1\.resid_post'"),
+        ({"rows_per_shard": 100}, BadInputError, r"rows_per_chunk = 32 .* does not divide rows_per_shard = 100"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_made(
+    write_job: Write, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ingest(read_job(write_job(**changes)), engine="local")
+    assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_a_context_longer_than_the_model_is_refused(write_job: Write, tmp_path: Path) -> None:
+    path = write_job()
+    path.write_text(path.read_text().replace("context_length = 32", "context_length = 512"))
+    with pytest.raises(JobFileError, match=r"context_length = 512 is longer than .*'s 256"):
+        ingest(read_job(path), engine="local")
+
+
+def test_a_shard_that_fails_is_named_after_all_others_are_done(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]
+) -> None:
+    build, tried = ShardBuilder.build, list[int]()
+
+    def failing(self: ShardBuilder, shard: int, *rest: Any) -> Any:
+        if shard == 2:
+            tried.append(shard)
+            raise OSError("planted: no space left")
+        return build(self, shard, *rest)
+
+    monkeypatch.setattr(ShardBuilder, "build", failing)
+    with pytest.raises(ShardFailedError, match=r"1 of 8 shards.*\n.*train shard 2, rows 256\.\.383: OSError: planted"):
+        ingest(read_job(write_job()), engine="local")
+    assert len(tried) == 2  # run.attempts
+    ds = actlake.open(tmp_path / "ds")
+    assert ds.missing_shards == [2]
+    assert not ds.complete
+    monkeypatch.setattr(ShardBuilder, "build", build)
+    assert ingest(read_job(write_job()), engine="local").n_built == 1
+    assert contents(tmp_path / "ds") == reference
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["corpora", "ds/spec.json", "ds/arrays/layers.1.attn_z/c/0/0", "ds/" + commit_key(0), "ds/" + commit_key(3)],
+)
+def test_after_sigkill_the_next_run_builds_just_what_is_missing(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any], moment: str
+) -> None:
+    job = write_job()
+    assert run_until(job, "local", (tmp_path / moment).exists) == -signal.SIGKILL
+    committed = {path.name for path in (tmp_path / "ds").glob("commits/*/*.json")}
+    attempts = {shard: read_record(Store(tmp_path / "ds"), shard).provenance.attempt for shard in range(len(committed))}
+    events: list[Event] = []
+    listener = Listener()
+    listener.event = events.append  # type: ignore[method-assign]
+    report = ingest(read_job(job), engine="local", listener=listener)
+    built = [e.task.shard for e in events if isinstance(e, ShardCommitted) and e.task.split == "train"]
+    assert sorted(built) == list(range(len(committed), 6))
+    assert report.n_built == 8 - len(committed)
+    assert contents(tmp_path / "ds") == reference
+    for shard, attempt in attempts.items():
+        assert read_record(Store(tmp_path / "ds"), shard).provenance.attempt == attempt

@@ -1,0 +1,79 @@
+"""The Ray engine makes what the local one makes, and goes on where a worker or the whole driver died."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import contents, run_until
+
+import actlake
+from actlake.jobs.engines import ray_engine
+from actlake.jobs.engines.events import Event, RowsCaptured, ShardCommitted
+from actlake.jobs.ingestion import Listener, ingest
+from actlake.jobs.jobfile import read_job
+from actlake.storage.errors import ShardFailedError
+from actlake.storage.records import commit_key
+
+Write = Callable[..., Path]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_makes_the_same_dataset_and_reports_rows(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    events: list[Event] = []
+    listener = Listener()
+    listener.event = events.append  # type: ignore[method-assign]
+    report = ingest(read_job(write_job()), engine="ray", listener=listener)
+    assert contents(tmp_path / "ds") == reference
+    assert report.n_built == 8
+    assert sum(isinstance(event, ShardCommitted) for event in events) == 8
+    assert sum(event.n_rows for event in events if isinstance(event, RowsCaptured)) <= 875
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_dies_is_replaced(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "died"
+
+    class DyingWorker(ray_engine.RayWorker):
+        def build(self, task: Any) -> Any:
+            import os
+
+            if task.shard == 3 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().build(task)
+
+    monkeypatch.setattr(ray_engine, "RayWorker", DyingWorker)
+    assert ingest(read_job(write_job()), engine="ray").n_built == 8
+    assert marker.exists()
+    assert contents(tmp_path / "ds") == reference
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shard_that_always_fails_is_named_and_the_others_are_built(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailingWorker(ray_engine.RayWorker):
+        def build(self, task: Any) -> Any:
+            if task.shard == 1 and task.split == "train":
+                raise OSError("planted: no space left")
+            return super().build(task)
+
+    monkeypatch.setattr(ray_engine, "RayWorker", FailingWorker)
+    with pytest.raises(ShardFailedError, match=r"train shard 1, rows 128\.\.255: OSError: planted"):
+        ingest(read_job(write_job()), engine="ray")
+    assert actlake.open(tmp_path / "ds").missing_shards == [1]
+
+
+@pytest.mark.slow
+def test_the_whole_run_is_killed_and_resumed(write_job: Write, tmp_path: Path, reference: dict[str, Any]) -> None:
+    """SIGKILL of the driver takes its Ray with it; the next run, with a Ray of its own, finishes the dataset."""
+    job = write_job()
+    assert run_until(job, "ray", (tmp_path / "ds" / commit_key(1)).exists) == -signal.SIGKILL
+    ingest(read_job(job), engine="local")
+    assert contents(tmp_path / "ds") == reference

@@ -1,0 +1,37 @@
+"""Whole ingestion runs as the tests look at them: what must reproduce, and a run that is killed on the way."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def contents(dataset: Path) -> dict[str, Any]:
+    """Return what must reproduce: every object's digest, of commit records only the content."""
+    found: dict[str, Any] = {}
+    for path in sorted(dataset.rglob("*")):
+        key = str(path.relative_to(dataset))
+        if not path.is_file() or key.startswith(("manifest/", "heldout/manifest/")) or key.endswith("root.json"):
+            continue
+        if "commits/" in key:
+            found[key] = json.loads(path.read_bytes())["content"]
+        else:
+            found[key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def run_until(job: Path, engine: str, condition: Callable[[], bool]) -> int:
+    """Start ``actlake ingest`` and SIGKILL its process as soon as the condition holds; return its exit code."""
+    command = [sys.executable, "-m", "actlake.jobs.cli", "ingest", str(job), "--engine", engine]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    return process.wait(timeout=30)
