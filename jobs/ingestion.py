@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from actlake.ingest.corpus import Corpus, build_corpus
+from actlake.ingest.corpus_spec import CorpusSpec
 from actlake.ingest.models import (
     ModelRef,
     ModelShape,
@@ -16,9 +19,6 @@ from actlake.ingest.models import (
     resolve_model,
     tokenizer_fingerprint,
 )
-
-from actlake.ingest.corpus import Corpus, build_corpus
-from actlake.ingest.corpus_spec import CorpusSpec
 from actlake.jobs.engines import local
 from actlake.jobs.engines.events import Event, ShardAbandoned
 from actlake.jobs.jobfile import Job
@@ -156,8 +156,8 @@ def _corpus_spec(job: Job, fingerprint: str) -> CorpusSpec:
     )
 
 
-def _open_corpus(job: Job, store: Store, tokenizer: object, hear: Listener) -> Corpus:
-    spec = _corpus_spec(job, tokenizer_fingerprint(tokenizer))  # type: ignore[arg-type]
+def _open_corpus(job: Job, store: Store, tokenizer: Any, hear: Listener) -> Corpus:
+    spec = _corpus_spec(job, tokenizer_fingerprint(tokenizer))
     if job.corpus.url is not None:
         place = Store(job.corpus.url, job.storage_options)
     else:

@@ -141,7 +141,8 @@ def read_job(path: str | Path) -> Job:
 
 def parse_job(table: Mapping[str, Any]) -> Job:
     """Check a parsed job file."""
-    return _build(Job, table, "")
+    job: Job = _build(Job, table, "")
+    return job
 
 
 def parse_nbytes(value: str | int, where: str) -> int:

@@ -32,7 +32,8 @@ def demo() -> None:
     if any(result["problems"] for result in verify_splits(job.dataset)):
         raise typer.Exit(2)
     _step(4, f"train a TopK SAE on {POINT} from the stream")
-    topk_sae.run(ds, POINT)
+    final = topk_sae.fit(ds, POINT, on_step=_show_step)
+    OUT.print(f"{len(final.decoder):,} latents, {final.k} active; rows of held-out documents, standardised per channel")
     _step(5, "what next")
     for command, what in (
         (f"actlake head {job.dataset}", "rows with their tokens"),
@@ -40,6 +41,11 @@ def demo() -> None:
         (f"actlake show {job.dataset} --json", "everything there is to know about the dataset"),
     ):
         OUT.print(f"  {command:<46} {what}", markup=False)
+
+
+def _show_step(step: int, explained: float) -> None:
+    bar = "█" * max(0, round(40 * explained))
+    OUT.print(f"  step {step:4d}  variance explained {explained:6.3f}  {bar}", markup=False)
 
 
 def _step(number: int, text: str) -> None:

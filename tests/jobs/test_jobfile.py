@@ -38,7 +38,8 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
     path.write_text(
         'dataset = "gs://bucket/a"\nmodel = "google/gemma-3-4b-pt"\nrevision = "abc"\npreset = "clt"\n'
         "max_rows = 60_000\nseed = 7\n"
-        '[capture]\ndtype = "float32"\nprepend_bos = false\nexclude = ["bos", 105]\nskip_first = 4\nbatch_tokens = 512\n'
+        '[capture]\ndtype = "float32"\nprepend_bos = false\nexclude = ["bos", 105]\n'
+        "skip_first = 4\nbatch_tokens = 512\n"
         '[corpus]\nsources = ["a/*.txt", "b.parquet"]\ntext_field = "body"\ncontext_length = 512\nholdout = 0\n'
         'max_tokens = 1_000\nurl = "data/c"\n'
         '[layout]\nrows_per_shard = 16_384\nrows_per_chunk = 1_024\nrows_per_block = 8_192\nshard_memory = "2GiB"\n'
