@@ -1,6 +1,6 @@
 """What ingestion costs beside the bare forward pass: tokens/s and ratios on the real Gemma 3 270M, in one process.
 
-    python benchmarks/bench_ingest.py [--rows 8192] [--repeats 2] [--markdown]
+    python benchmarks/bench_ingest.py [--rows 8192] [--repeats 2]
 
 For each selection of hook points, the same batches are run bare (the inner text model, no hooks, no logits) and
 through the shard builder (forward, capture, statistics, encode, write to a local folder, commit), alternating.
@@ -102,7 +102,8 @@ def run_bare(model: LoadedModel, builder: ShardBuilder) -> Sample:
     """Run the batches of the builder's only shard through the text model alone."""
     chosen = builder.index.sequences_of(builder.space.rows_of(0))
     sequences = builder.corpus.sequences("train", chosen.start, chosen.stop)
-    batches = plan_batches([len(s.tokens) for s in sequences], builder.header.spec.batch_tokens)
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    batches = plan_batches(lengths, builder.header.spec.batch_tokens, builder.corpus.spec.context_length)
     n_tokens = 0
     with Timer() as timer, torch.inference_mode():
         for batch in batches:

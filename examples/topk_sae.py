@@ -6,6 +6,7 @@ sparse autoencoders"). Rows are standardised per channel first: in Gemma 3's res
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from itertools import islice
 
@@ -55,7 +56,7 @@ def top(scores_BN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def variance_explained(sae: TopKSAE, x_BD: Tensor) -> float:
     """Return 1 - SSE/SST over all channels of standardised rows, SST about the mean of these very rows."""
-    sse = sum(float((sae(part) - part).square().sum()) for part in x_BD.split(2048))
+    sse = math.fsum(float((sae(part) - part).square().sum()) for part in x_BD.split(2048))
     return 1 - sse / float((x_BD - x_BD.mean(0)).square().sum())
 
 

@@ -2,7 +2,7 @@
 
 On one device type and software the bits of an activation depend on the shape of its batch, not on the batch-mates.
 Sequences are run longest first, so that those of one batch are of about one length; the batch is padded on the right,
-where causal attention makes padding harmless, to a multiple of 64 tokens.
+where causal attention makes padding harmless, to a multiple of 64 tokens or to the corpus' context length.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,15 @@ class Batch:
     n_tokens: int
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[Batch]:
-    """Cut sequences of these lengths into batches of at most ``batch_tokens`` padded tokens (at least one sequence)."""
+def plan_batches(lengths: Sequence[int], batch_tokens: int, context_length: int) -> list[Batch]:
+    """Cut sequences of these lengths into batches of at most ``batch_tokens`` padded tokens (at least one sequence).
+
+    No sequence is padded beyond ``context_length``, which the model may not exceed.
+    """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     batches: list[Batch] = []
     while order:
-        n_tokens = -(-lengths[order[0]] // PAD_MULTIPLE) * PAD_MULTIPLE
+        n_tokens = min(context_length, -(-lengths[order[0]] // PAD_MULTIPLE) * PAD_MULTIPLE)
         n_members = max(1, batch_tokens // n_tokens)
         batches.append(Batch(members=tuple(order[:n_members]), n_tokens=n_tokens))
         del order[:n_members]

@@ -113,7 +113,8 @@ class ShardBuilder:
         chosen = self.index.sequences_of(rows)
         sequences = self.corpus.sequences(self.header.spec.split, chosen.start, chosen.stop)
         wanted = [self._rows_of_sequence(sequence, rows) for sequence in sequences]
-        batches = plan_batches([len(sequence.tokens) for sequence in sequences], self.header.spec.batch_tokens)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        batches = plan_batches(lengths, self.header.spec.batch_tokens, self.corpus.spec.context_length)
         start = time.perf_counter()
         n_placed = 0
         for batch in batches:

@@ -1,7 +1,7 @@
 """Fast bfloat16 linear layers on CPUs without bfloat16 instructions.
 
 There torch multiplies bfloat16 matrices without its fast kernels: Gemma 3 270M runs at 80 tokens/s on 2 AVX2 cores,
-with the layers below at 450 to 500. Both operands are widened to float32: a product of two bfloat16 numbers is exact
+with the layers below at 420 to 500. Both operands are widened to float32: a product of two bfloat16 numbers is exact
 there, sums are kept in float32, and the result is rounded to bfloat16 once. That is the arithmetic of a bfloat16
 matrix unit, up to the order of the sums.
 """

@@ -48,7 +48,8 @@ def find(store: Store, depth: int = _DEPTH) -> Iterator[Entry]:
 
 def _dataset(store: Store) -> Entry:
     try:
-        header, manifest = Header.read(store), Manifest.load(store)
+        header = Header.read(store)
+        manifest = Manifest.load(store, header.n_rows)
     except ActlakeError as error:
         return Entry(kind="dataset", url=store.url, note=str(error).splitlines()[0])
     return Entry(

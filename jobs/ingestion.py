@@ -196,7 +196,7 @@ def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpe
 
 
 def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
-    committed = Manifest.load(split_store(store, split)).n_rows_by_shard()
+    committed = Manifest.load(split_store(store, split), header.n_rows).n_rows_by_shard()
     space = header.spec.row_space(header.n_rows)
     for shard in range(space.n_shards):
         if committed.get(shard) != (n_rows := len(space.rows_of(shard))):
@@ -259,7 +259,7 @@ def _finish(store: Store, plan: Plan, failed: list[ShardAbandoned], seconds: flo
     nbytes = raw = 0
     for split, header in plan.headers.items():
         place = split_store(store, split)
-        manifest = Manifest.load(place)
+        manifest = Manifest.load(place, header.n_rows)
         space = header.spec.row_space(header.n_rows)
         sizes = {shard: len(space.rows_of(shard)) for shard in range(space.n_shards)}
         groups = compact(place, manifest, space.n_shards, sizes)

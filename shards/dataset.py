@@ -48,7 +48,8 @@ def open(  # noqa: A001  (actlake.open is the name that users type)
     ``FormatVersionError`` for one of a newer format.
     """
     store = Store(url, storage_options)
-    return ActivationDataset(store, Header.read(store), Manifest.load(store))
+    header = Header.read(store)
+    return ActivationDataset(store, header, Manifest.load(store, header.n_rows))
 
 
 class ActivationDataset:

@@ -8,9 +8,10 @@
   the splitmix64 step of ``storage.rowspace`` and ``id`` the number of the unit in the planned row space.
 - A **window** is a run of units that is decoded together. Every unit of a window is cut into T contiguous *stripes*, T
   being the window's rows over the batch size; the window's rows are put out stripe by stripe, and in a stripe unit by
-  unit. Unit u of U has its edge t at row ``floor(t * rows / T + u / U)``: stripes of a whole number of batches' rows
-  then are exactly a batch each (Hermite's identity), though the units' pieces differ by a row. So every batch has rows of all units of its window, a unit is copied while it is in the cache, and no row is
-  moved on its own: rows were permuted among themselves when they were written.
+  unit. Unit u of U has its edge t at row ``floor(t * rows / T + u / U)``: where batches fill a window exactly, each
+  stripe is exactly a batch (Hermite's identity), though the units' pieces differ by a row. So every batch has rows of
+  all units of its window, a unit is copied while it is in the cache, and no row is moved on its own: rows were permuted
+  among themselves when they were written.
 - The windows' rows, one after another, are cut into batches. A batch may span two windows; it spans two epochs only in
   an endless stream.
 """

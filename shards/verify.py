@@ -210,7 +210,9 @@ class _ShardCheck:
         try:
             check_whole(data, record.objects[array.name], f"{self.where}, {array.name}")
         except CorruptObjectError as error:
-            # Sound chunks under a sound index: an object of another attempt whose chunks have the same lengths.
+            # Sound chunks under the record's index: bytes beside them, or a record that is wrong in itself. (An object
+            # of another attempt has the same crc32c where its chunks have the same lengths, since each ends with its
+            # own; there the statistics tell.)
             kind = "size" if len(data) != record.objects[array.name].nbytes else "checksum"
             self._problem(kind, f"{error}", array.name)
         return rows[: record.n_rows]

@@ -81,9 +81,12 @@ class Manifest:
         return cls(pa.Table.from_pylist(rows, schema=SCHEMA))
 
     @classmethod
-    def load(cls, store: Store) -> Self:
-        """Read the compacted groups and the other commits of a dataset."""
+    def load(cls, store: Store, n_rows: int | None = None) -> Self:
+        """Read the compacted groups and the other commits of a dataset, with ``n_rows`` planned where that is known."""
         root = read_root(store)
+        if root is not None and n_rows is not None and root["n_rows"] != n_rows:
+            # Left by a run that planned fewer rows and ended after another had planned more.
+            root = None
         groups = root["groups"] if root else _groups(store)
         tables = [_read_group(store, group) for group in groups]
         rest = Manifest.of(read_record(store, shard) for shard in _loose_shards(store, root, set(groups)))

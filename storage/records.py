@@ -98,7 +98,10 @@ class ShardRecord:
             provenance = Provenance(**{k: v for k, v in value["provenance"].items() if k in known})
             return cls(**content, objects=objects, stats=stats, provenance=provenance)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptObjectError(f"{where} is no commit record ({type(error).__name__}: {error})") from error
+            raise CorruptObjectError(
+                f"{where} is no commit record ({type(error).__name__}: {error}); "
+                "delete it and root.json, then 'actlake ingest' builds the shard again"
+            ) from error
 
 
 def read_record(store: Store, shard: int) -> ShardRecord:

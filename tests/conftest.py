@@ -1,6 +1,7 @@
 """What every test shares: one thread per library, no calls home, and the order from the fast areas to the slow ones."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
     parts = item.path.relative_to(_TESTS).parts
     area = parts[0] if len(parts) > 1 else ""
     return item.get_closest_marker("slow") is not None, _AREAS.index(area)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Run one Ray for all tests of this session."""
+    from actlake.jobs.engines import ray_engine
+
+    with ray_engine.cluster(None, n_cpus=2):
+        yield

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
@@ -62,15 +63,16 @@ def build(class_name: str) -> PreTrainedModel:
 def tokenizer() -> PreTrainedTokenizerFast:
     special = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
     words = {f"w{i}": i for i in range(len(special), VOCABULARY)}
-    backend = Tokenizer(WordLevel({**special, **words}, unk_token="<unk>"))  # type: ignore[call-arg]
-    return PreTrainedTokenizerFast(
+    backend = Tokenizer(WordLevel({**special, **words}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
 
 
 def save(folder: Path, class_name: str = "Gemma3ForCausalLM") -> Path:
     """Write a model and its tokenizer in bfloat16, as ``save_pretrained`` does."""
-    build(class_name).to(torch.bfloat16).save_pretrained(folder)
+    build(class_name).bfloat16().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -15,7 +15,7 @@ from actlake.storage.errors import ActlakeError, ShardFailedError
 
 #: Messages go to stderr, so that what a command prints can be piped.
 ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
-OUT = Console(highlight=False)
+OUT = Console(soft_wrap=True, highlight=False)
 
 
 class Commands(TyperGroup):

@@ -64,11 +64,11 @@ def cluster(address: str | None, n_cpus: int) -> Iterator[None]:
         return
     # Nothing leaves this machine unless the user has said otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"address": address} if address else {"address": "local", "num_cpus": n_cpus}
-    if not address:
-        options["include_dashboard"] = False
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {"address": "local", "num_cpus": n_cpus, "include_dashboard": False}
     try:
-        ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         raise ActlakeError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
     try:

@@ -174,12 +174,13 @@ def test_skip_first_and_exclusion_decide_the_rows(tmp_path: Path, corpus: Corpus
 
 def test_batches_cover_every_sequence_once_within_the_token_budget() -> None:
     lengths = [1, 64, 65, 512, 300, 300, 2, 130]
-    batches = plan_batches(lengths, batch_tokens=512)
+    batches = plan_batches(lengths, batch_tokens=512, context_length=4096)
     assert sorted(member for batch in batches for member in batch.members) == list(range(len(lengths)))
     for batch in batches:
         assert max(lengths[m] for m in batch.members) <= batch.n_tokens
         assert batch.n_tokens % 64 == 0
         assert batch.n_tokens - max(lengths[m] for m in batch.members) < 64
         assert len(batch.members) == 1 or len(batch.members) * batch.n_tokens <= 512
-    assert plan_batches([2000], batch_tokens=512)[0].n_tokens == 2048
-    assert plan_batches([], batch_tokens=512) == []
+    assert plan_batches([2000], batch_tokens=512, context_length=4096)[0].n_tokens == 2048
+    assert plan_batches([100, 70], batch_tokens=512, context_length=100)[0].n_tokens == 100
+    assert plan_batches([], batch_tokens=512, context_length=4096) == []

@@ -205,7 +205,7 @@ def test_hooks_are_gone_after_a_call_and_after_a_failure(model: LoadedModel, mon
 
 
 # Another batch shape sums in another order: one rounding of the dtype in a value, grown through four layers.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
 def test_a_sequence_in_a_padded_batch_equals_the_sequence_alone(
     folders: dict[str, Path], dtype: str, tolerance: float
 ) -> None:

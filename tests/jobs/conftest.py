@@ -1,6 +1,6 @@
 """A whole model in miniature: a real Gemma 3 of three narrow layers with random weights, and a word tokenizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,3 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, docume
 
     ingest(read_job(folder / "job.toml"), engine="local")
     return contents(folder / "ds")
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Run one Ray for all tests of this session."""
-    from actlake.jobs.engines import ray_engine
-
-    with ray_engine.cluster(None, n_cpus=2):
-        yield

@@ -172,3 +172,13 @@ def test_after_sigkill_the_next_run_builds_just_what_is_missing(
     assert contents(tmp_path / "ds") == reference
     for shard, attempt in attempts.items():
         assert read_record(Store(tmp_path / "ds"), shard).provenance.attempt == attempt
+
+
+def test_totals_of_a_smaller_plan_do_not_hide_later_commits(write_job: Write, tmp_path: Path) -> None:
+    ingest(read_job(write_job(max_rows=300)), engine="local")
+    stale = (tmp_path / "ds/root.json").read_bytes()
+    ingest(read_job(write_job(max_rows=700)), engine="local")
+    # As if a driver with the smaller plan had ended last.
+    (tmp_path / "ds/root.json").write_bytes(stale)
+    assert actlake.open(tmp_path / "ds").n_rows == 700
+    assert ingest(read_job(write_job(max_rows=700)), engine="local").n_built == 0

@@ -1,8 +1,8 @@
 """Places for datasets, and datasets of formulas."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -11,16 +11,12 @@ from formula_dataset import Made
 from actlake.storage.stores import Store
 
 
-@pytest.fixture(params=["file", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A URL for a dataset, on each kind of file system."""
-    if request.param == "file":
-        yield str(tmp_path / "data")
-    else:
-        root = f"memory://actlake-{uuid4().hex}"
-        yield f"{root}/data"
-        if (store := Store(root)).exists(""):
-            store.fs.rm(store.root, recursive=True)
+@contextmanager
+def in_memory() -> Iterator[str]:
+    root = f"memory://actlake-{uuid4().hex}"
+    yield f"{root}/data"
+    if (store := Store(root)).exists(""):
+        store.fs.rm(store.root, recursive=True)
 
 
 @pytest.fixture
@@ -28,11 +24,18 @@ def local(tmp_path: Path) -> str:
     return str(tmp_path / "data")
 
 
+@pytest.fixture(params=["file", "memory"])
+def place(request: pytest.FixtureRequest, local: str) -> Iterator[str]:
+    """A URL for a dataset, on each kind of file system."""
+    if request.param == "file":
+        yield local
+    else:
+        with in_memory() as url:
+            yield url
+
+
 @pytest.fixture
-def make(local: str) -> Callable[..., Made]:
-    """Make a local dataset of 3 whole shards and one of 100 rows, or as told."""
-
-    def make(n_rows: int = 868, **options: Any) -> Made:
-        return Made(options.pop("url", local), n_rows, **options)
-
-    return make
+def make() -> Iterator[Callable[..., Made]]:
+    """Make a dataset in memory, of 3 whole shards and one of 100 rows, or as told."""
+    with in_memory() as url:
+        yield lambda n_rows=868, **options: Made(url, n_rows, **options)

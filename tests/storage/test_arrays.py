@@ -88,6 +88,17 @@ def test_the_object_is_chunks_then_index_then_checksum(make_rows: Callable[..., 
     assert array.index_nbytes == len(index) + 4
 
 
+@pytest.mark.parametrize(("dtype", "width"), COLUMNS)
+def test_blosc_shuffles_whole_elements(
+    dtype: str, width: int | None, make_rows: Callable[..., npt.NDArray[Any]]
+) -> None:
+    # Byte 3 of a blosc chunk is the element size it shuffled by: it must be the one in the metadata.
+    array = array_of(dtype, width)
+    [codec] = array.codec.zarr_codecs(array.numpy_dtype.itemsize)
+    stored = encode_shard(array, make_rows(8, width, dtype)).parts[0]
+    assert stored[3] == codec["configuration"]["typesize"] == array.numpy_dtype.itemsize
+
+
 def test_threads_give_the_same_object(make_rows: Callable[..., npt.NDArray[Any]]) -> None:
     array, rows = array_of("bfloat16", 5), make_rows(32, 5)
     with ThreadPoolExecutor(2) as pool:

@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def test_records_come_back_from_arrow(make_record: MakeRecord) -> None:
     assert list(manifest.records()) == records
     assert [manifest.record(shard) for shard in range(5)] == records
     assert manifest.shards == [0, 1, 2, 3, 4]
+
+
+def test_the_columns_do_not_depend_on_the_order_of_objects(make_record: MakeRecord) -> None:
+    record = make_record(1)
+    turned = replace(record, objects=dict(reversed(list(record.objects.items()))))
+    assert Manifest.of([turned]).table.equals(Manifest.of([record]).table)
 
 
 def test_totals(make_record: MakeRecord) -> None:
@@ -178,6 +185,14 @@ def test_root_has_the_totals(full: str) -> None:
         "nbytes": manifest.nbytes,
         "groups": [0],
     }
+
+
+def test_the_totals_of_a_smaller_plan_are_ignored(full: str, watched: type[Any]) -> None:
+    before = finish(Store(full))
+    for n_rows, listings in ((before.n_rows, 0), (before.n_rows + 1, 3)):
+        store = watched(full)
+        assert Manifest.load(store, n_rows).table.equals(before.table)
+        assert len(store.listings) == listings
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"n_shards": 3}'])
