@@ -22,14 +22,11 @@ from actlake.ingest.corpus import Corpus, TokenSequence
 from actlake.storage.arrays import ArraySpec, crc32c, encode_shard
 from actlake.storage.errors import DataError, NotFoundError
 from actlake.storage.header import Header
-from actlake.storage.moments import Moments, fold_list, to_parquet
+from actlake.storage.moments import of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, read_record, stats_key
 from actlake.storage.stores import Store
 
 # Shapes: B sequences of a batch, T tokens, D width, N rows of a shard.
-
-#: Rows whose moments are taken at once: 1,024 x 640 in float64 is 5 MiB.
-_MOMENT_ROWS = 1024
 
 
 class ForwardPass(Protocol):
@@ -173,7 +170,7 @@ class ShardBuilder:
         moments = {}
         for point in self.header.spec.hook_points:
             rows = self._memory[point.name][:n_rows].view(self._arrays[point.name].numpy_dtype)
-            moments[point.name] = self._moments(rows)
+            moments[point.name] = of_shard(rows, self._pool.map)
             if not np.isfinite(moments[point.name].m2).all():
                 n_bad = int((~np.isfinite(rows.astype(np.float32)).all(axis=1)).sum())
                 raise DataError(f"shard {shard}, {point.name}: {n_bad} of {n_rows} rows hold non-finite values")
@@ -182,10 +179,6 @@ class ShardBuilder:
         self.store.write(stats_key(shard), data)
         timing.write_s += time.perf_counter() - middle
         return ObjectRecord(nbytes=len(data), crc32c=crc32c(data))
-
-    def _moments(self, rows: npt.NDArray[Any]) -> Moments:
-        starts = range(0, len(rows), _MOMENT_ROWS)
-        return fold_list(list(self._pool.map(lambda start: Moments.of(rows[start : start + _MOMENT_ROWS]), starts)))
 
 
 def _allocate(array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:

@@ -1,7 +1,5 @@
 """The job file: TOML to a checked, frozen ``Job``. Unknown keys are refused with the nearest valid name."""
 
-import math
-import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -11,9 +9,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from actlake.storage.codecs import CODECS
 from actlake.storage.errors import BadInputError, JobFileError, nearest
+from actlake.storage.sizes import parse_nbytes
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?i?)B\s*", re.IGNORECASE)
-_FACTORS = {"": 1} | {p + b: (1024 if b else 1000) ** (i + 1) for i, p in enumerate("KMGTP") for b in ("", "i")}
 _DTYPES = ("bfloat16", "float32")
 
 
@@ -143,17 +140,6 @@ def parse_job(table: Mapping[str, Any]) -> Job:
     """Check a parsed job file."""
     job: Job = _build(Job, table, "")
     return job
-
-
-def parse_nbytes(value: str | int, where: str) -> int:
-    """Read a size such as ``"16GiB"``, ``"500MB"`` or a plain number of bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    factor = _FACTORS.get(match[2].upper().replace("I", "i")) if match else None
-    if match is None or factor is None:
-        raise JobFileError(f"{where} = {value!r} is no size; write e.g. '16GiB' or a number of bytes")
-    return math.floor(float(match[1]) * factor)
 
 
 def _build(cls: type[Any], table: Mapping[str, Any], prefix: str) -> Any:

@@ -5,7 +5,6 @@ are consumed.
 """
 
 import os
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -20,11 +19,10 @@ from actlake.shards.order import I64, Snapshot, deal, epoch_order, units_per_win
 from actlake.shards.prefetch import Workers, thread_count
 from actlake.shards.window import Dealer, Window
 from actlake.storage.errors import BadInputError, UncommittedShardError
+from actlake.storage.sizes import parse_nbytes
 
 #: Raised by one with every change that gives another order or another meaning to a saved state.
 STATE_VERSION = 1
-
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class StreamSettings:
             raise BadInputError(f"epochs = {self.epochs} must be > 0; None streams without an end")
         if not 0 <= self.seed < 2**64:
             raise BadInputError(f"seed = {self.seed} must be in 0..2**64-1")
-        parse_nbytes(self.buffer_bytes)
+        parse_nbytes(self.buffer_bytes, "buffer_bytes")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -266,14 +264,6 @@ class ActivationStream:
         slots = rest.slots + [Slot(arrays, size, memory) for _ in range(n_new)]
         tasks = self._dealer.begin(Window(units=job.units, plan=plan, slots=slots), workers)
         return _Flight(job=job, slots=slots, n_rows=n_rows, tasks=tasks)
-
-
-def parse_nbytes(value: int | str) -> int:
-    """Return a size in bytes: a number, or text such as ``"512MiB"`` or ``"1.5GB"``; raise ``BadInputError`` else."""
-    match = re.fullmatch(r"\s*([0-9_]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    if match is None:
-        raise BadInputError(f"{value!r} is no size in bytes; write e.g. '1GiB' or 1_073_741_824")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].upper()])
 
 
 def _snapshot(reader: ShardReader) -> Snapshot:

@@ -14,13 +14,10 @@ from actlake.shards.prefetch import Workers, thread_count
 from actlake.storage.arrays import ArraySpec, ShardIndex, decode_chunk
 from actlake.storage.errors import CorruptObjectError, DataError, MissingObjectError, MixedShardError, NotFoundError
 from actlake.storage.manifest import uncommit
-from actlake.storage.moments import Moments, fold_list
+from actlake.storage.moments import Moments, of_shard
 from actlake.storage.records import ShardRecord, commit_key, read_record
 from actlake.storage.rowspace import ROLE_VOID
 from actlake.storage.spec import ROW_COLUMNS
-
-#: Rows whose moments are taken at once, as when they were written.
-_MOMENT_ROWS = 1024
 
 #: Another processor may add in another order, so equal rows give equal moments up to rounding: ~1e-13 in float64.
 _TOLERANCE = 1e-9
@@ -242,19 +239,12 @@ class _ShardCheck:
         self, point: str, rows: npt.NDArray[Any], kept: npt.NDArray[np.bool_], stored: Moments | None
     ) -> None:
         values = rows.view(self.spec.arrays()[point].numpy_dtype)
-        found = moments_of(values if kept.all() else values[kept])
+        found = of_shard(values if kept.all() else values[kept])
         if stored is None:
             self._problem("statistics", f"{self.where}: no statistics of {point}", point)
         elif differs := list(_differences(stored, found)):
             message = f"{self.where}, {point}: the statistics are not those of the rows: {', '.join(differs)}"
             self._problem("statistics", message, point)
-
-
-def moments_of(rows: npt.NDArray[Any]) -> Moments:
-    """Return the moments of rows [n, D], taken in pieces and folded as when a shard is written."""
-    starts = range(0, len(rows), _MOMENT_ROWS)
-    pieces = [Moments.of(rows[start : start + _MOMENT_ROWS]) for start in starts]
-    return fold_list(pieces) if pieces else Moments.empty(rows.shape[1])
 
 
 def _differences(stored: Moments, found: Moments) -> Iterator[str]:

@@ -74,22 +74,25 @@ class Dealer:
                 self.kept_U[unit] = len(self._kept[unit])
 
     def begin(self, window: Window, workers: Workers) -> "list[Future[None]]":
-        """Start the window's tasks: one for each unit and hook point, and one for each unit's row columns."""
-        tasks = [
-            (window, place, name)
-            for place in range(len(window.units))
-            if window.plan.first_piece[place] < window.plan.first_piece[place + 1]
-            for name in (*self.points, "")
-        ]
-        return [workers.submit(self._deal, task) for task in tasks]
+        """Start the window's tasks: one for each unit and hook point, and a few for all row columns.
 
-    def _deal(self, task: tuple[Window, int, str]) -> None:
-        window, place, name = task
-        unit = int(window.units[place])
-        pieces = list(window.plan.of_unit(place))
-        for key, rows in [(name, self._decode(name, unit))] if name else self._columns(unit):
-            for source, batch, target, length in pieces:
-                window.slots[batch].rows[key][target : target + length] = rows[source : source + length]
+        Row columns are small, and reading them is mostly Python: done by all threads at once, they would wait for
+        each other's interpreter lock, so half of the threads share them.
+        """
+        places = [p for p in range(len(window.units)) if window.plan.first_piece[p] < window.plan.first_piece[p + 1]]
+        n_groups = max(1, workers.n_threads // 2)
+        groups = [(window, places[group::n_groups], "") for group in range(n_groups)]
+        points = [(window, [place], point) for place in places for point in self.points]
+        return [workers.submit(self._deal, task) for task in groups + points]
+
+    def _deal(self, task: tuple[Window, list[int], str]) -> None:
+        window, places, point = task
+        for place in places:
+            unit = int(window.units[place])
+            pieces = list(window.plan.of_unit(place))
+            for name, rows in [(point, self._decode(point, unit))] if point else self._columns(unit):
+                for source, batch, target, length in pieces:
+                    window.slots[batch].rows[name][target : target + length] = rows[source : source + length]
 
     def _columns(self, unit: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for name in _COLUMNS:

@@ -13,6 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actlake.storage.arrays import Mapper
+
+#: 1,024 x 640 in float64 is 5 MiB. Part of the format: another size rounds differently.
+_PIECE_ROWS = 1024
+
 F64 = npt.NDArray[np.float64]
 
 _SCHEMA = pa.schema(
@@ -74,6 +79,16 @@ class Moments:
     def mean_squared_norm(self) -> float:
         """Mean of the rows' squared norms."""
         return float(np.sum(self.variance) + np.sum(self.mean * self.mean))
+
+
+def of_shard(rows: npt.NDArray[Any], mapper: Mapper = map) -> Moments:
+    """Return the moments of a shard's ``rows`` [n, D]: of pieces of 1,024, merged by a fixed tree.
+
+    ``mapper`` may spread the pieces over threads.
+    """
+    starts = range(0, len(rows), _PIECE_ROWS)
+    pieces = list(mapper(lambda start: Moments.of(rows[start : start + _PIECE_ROWS]), starts))
+    return fold_list(pieces) if pieces else Moments.empty(rows.shape[1])
 
 
 def fold(parts: Mapping[int, Moments], width: int) -> Moments:

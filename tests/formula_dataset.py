@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 import actlake
 from actlake.shards.dataset import ActivationDataset
-from actlake.shards.verify import moments_of
 from actlake.storage.arrays import crc32c, encode_shard
 from actlake.storage.codecs import Codec
 from actlake.storage.header import Header, prepare
-from actlake.storage.moments import to_parquet
+from actlake.storage.moments import of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, stats_key
 from actlake.storage.rowspace import ROLE_VOID, KeepRule
 from actlake.storage.spec import DatasetSpec, PointSpec
@@ -97,7 +96,7 @@ class Made:
     def commit(self, shard: int, objects: dict[str, ObjectRecord], revision: int = 0) -> None:
         rows = self.rows_of(shard)
         kept = rows[~np.isin(rows, list(self.voids))]
-        data = to_parquet({name: moments_of(self.values(name, kept)) for name in self.spec.point_names})
+        data = to_parquet({name: of_shard(self.values(name, kept)) for name in self.spec.point_names})
         self.store.write(stats_key(shard), data)
         record = ShardRecord(
             dataset_id=self.spec.dataset_id,

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actlake.jobs.engines.events import Event
+from actlake.jobs.ingestion import Listener
+
 
 def contents(dataset: Path) -> dict[str, Any]:
     """Return what must reproduce: every object's digest, of commit records only the content."""
@@ -35,3 +38,17 @@ def run_until(job: Path, engine: str, condition: Callable[[], bool]) -> int:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     return process.wait(timeout=30)
+
+
+class Recorder(Listener):
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.events: list[Event] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)

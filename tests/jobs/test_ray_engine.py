@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import contents, run_until
+from runs import Recorder, contents, run_until
 
 import actlake
 from actlake.jobs.engines import ray_engine
-from actlake.jobs.engines.events import Event, RowsCaptured, ShardCommitted
-from actlake.jobs.ingestion import Listener, ingest
+from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
+from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.storage.errors import ShardFailedError
 from actlake.storage.records import commit_key
@@ -23,14 +23,12 @@ Write = Callable[..., Path]
 def test_ray_makes_the_same_dataset_and_reports_rows(
     write_job: Write, tmp_path: Path, reference: dict[str, Any]
 ) -> None:
-    events: list[Event] = []
-    listener = Listener()
-    listener.event = events.append  # type: ignore[method-assign]
+    listener = Recorder()
     report = ingest(read_job(write_job()), engine="ray", listener=listener)
     assert contents(tmp_path / "ds") == reference
     assert report.n_built == 8
-    assert sum(isinstance(event, ShardCommitted) for event in events) == 8
-    assert sum(event.n_rows for event in events if isinstance(event, RowsCaptured)) <= 875
+    assert sum(isinstance(event, ShardCommitted) for event in listener.events) == 8
+    assert sum(event.n_rows for event in listener.events if isinstance(event, RowsCaptured)) <= 875
 
 
 @pytest.mark.usefixtures("ray_cluster")
