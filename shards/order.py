@@ -130,15 +130,21 @@ class Deal:
     """Which rows of each unit of a window go where: pieces as int64 [P], grouped by unit.
 
     A piece is ``length`` kept rows of its unit from ``source`` on; they go to rows ``target`` and following of the
-    window's batch number ``batch``.
+    window's batch number ``batch``. ``taken`` says the same row by row: int64 [n_rows], where each row that is put out
+    comes in the kept rows of all units, one unit after another.
     """
 
-    n_rows: int
+    taken: I64
     source: I64
     batch: I64
     target: I64
     length: I64
     first_piece: I64
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that go into batches."""
+        return len(self.taken)
 
     def of_unit(self, unit: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (source, batch, target, length) of each piece of a unit."""
@@ -151,7 +157,7 @@ def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: i
     """Plan a window over units of ``kept`` rows each.
 
     The window's first ``skip`` rows were delivered before and go nowhere; the next goes to row ``filled`` of batch 0,
-    which the window before has begun. ``n_rows`` of the plan is what goes into batches.
+    which the window before has begun.
     """
     kept_U = np.asarray(kept, dtype=np.int64)
     n_stripes = max(1, int(kept_U.sum()) // batch_size)
@@ -164,6 +170,8 @@ def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: i
     place = np.cumsum(length) - length - skip
     late = np.clip(-place, 0, length)
     source, length, place = source + late, length - late, place + late + filled
+    first = (np.cumsum(kept_U) - kept_U)[unit] + source
+    taken = np.repeat(first - (np.cumsum(length) - length), length) + np.arange(length.sum())
     # Cut at the batches' edges.
     n_cuts = np.maximum(0, (place + length - 1) // batch_size - place // batch_size) + 1
     n_cuts[length == 0] = 0
@@ -176,7 +184,7 @@ def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: i
     columns = (source[piece] + low - place[piece], batch, low - batch * batch_size, high - low)
     ordered = [column[by_unit] for column in columns]
     return Deal(
-        n_rows=int(length.sum()),
+        taken=taken,
         source=ordered[0],
         batch=ordered[1],
         target=ordered[2],

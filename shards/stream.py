@@ -64,10 +64,9 @@ class _Open:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Flight:
-    # A window whose tasks have begun; the rows in `slots` once they are done.
+    # A window whose tasks have begun.
     job: _Job
-    slots: list[Slot]
-    n_rows: int
+    window: Window
     tasks: "list[Future[None]]"
 
 
@@ -213,7 +212,11 @@ class ActivationStream:
                 if end is not None and flight.job.epoch != epoch:
                     epoch, row = flight.job.epoch, 0
                 ready, rest = self._split(flight, endless=end is None)
+                done = flight.window
                 flight = self._begin(next(jobs, None), rest, memory, workers)
+                self._dealer.finish(done)
+                # Delivered batches must not stay in memory through their window.
+                del done
                 while ready:
                     batch = self._to_batch(*ready.popleft())
                     row += len(batch)
@@ -225,14 +228,15 @@ class ActivationStream:
     def _split(self, flight: _Flight, endless: bool) -> tuple[deque[tuple[Slot, int]], _Open]:
         # The slots to deliver, each with its rows, and the one that the next window goes on filling.
         size = self.settings.batch_size
-        n_full, n_open = divmod(flight.n_rows, size)
-        ready = deque((slot, size) for slot in flight.slots[:n_full])
+        slots = flight.window.slots
+        n_full, n_open = divmod(flight.window.filled + flight.window.plan.n_rows, size)
+        ready = deque((slot, size) for slot in slots[:n_full])
         if not n_open:
             return ready, _Open()
         if endless or not flight.job.ends:
-            return ready, _Open(slots=[flight.slots[n_full]], n_rows=n_open)
+            return ready, _Open(slots=[slots[n_full]], n_rows=n_open)
         if not self.settings.drop_last:
-            ready.append((flight.slots[n_full], n_open))
+            ready.append((slots[n_full], n_open))
         return ready, _Open()
 
     def _to_batch(self, slot: Slot, n_rows: int) -> TokenBatch:
@@ -259,11 +263,10 @@ class ActivationStream:
             return None
         size, arrays = self.settings.batch_size, self._dealer.arrays
         plan = deal(self._dealer.kept_U[job.units], size, filled=rest.n_rows, skip=job.skip)
-        n_rows = rest.n_rows + plan.n_rows
-        n_new = -(-n_rows // size) - len(rest.slots)
+        n_new = -(-(rest.n_rows + plan.n_rows) // size) - len(rest.slots)
         slots = rest.slots + [Slot(arrays, size, memory) for _ in range(n_new)]
-        tasks = self._dealer.begin(Window(units=job.units, plan=plan, slots=slots), workers)
-        return _Flight(job=job, slots=slots, n_rows=n_rows, tasks=tasks)
+        window = self._dealer.begin(job.units, plan, slots, rest.n_rows)
+        return _Flight(job=job, window=window, tasks=self._dealer.start(window, workers))
 
 
 def _snapshot(reader: ShardReader) -> Snapshot:

@@ -6,7 +6,6 @@ buffer instead would halve the speed.
 
 import math
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +27,18 @@ _COLUMNS = tuple(f"rows/{name}" for name in ROW_COLUMNS)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
-    """Units on their way into the batches in flight; ``units`` are numbers into the dealer's."""
+    """Units on their way into the batches in flight.
+
+    ``units`` are numbers into the dealer's; ``filled`` rows of the first slot are of the window before. Row columns are
+    gathered in ``columns``, unit by unit, each from its ``first_row`` on.
+    """
 
     units: I64
+    first_row: I64
     plan: Deal
     slots: list[Slot]
+    filled: int
+    columns: dict[str, npt.NDArray[Any]]
 
 
 class Dealer:
@@ -73,33 +79,48 @@ class Dealer:
                 self._kept[unit] = np.flatnonzero(role[start : start + n_rows] != ROLE_VOID)
                 self.kept_U[unit] = len(self._kept[unit])
 
-    def begin(self, window: Window, workers: Workers) -> "list[Future[None]]":
-        """Start the window's tasks: one for each unit and hook point, and a few for all row columns.
+    def begin(self, units: I64, plan: Deal, slots: list[Slot], filled: int) -> Window:
+        """Return a window with memory for its row columns."""
+        first_row = np.cumsum(np.append(0, self.kept_U[units]))
+        n_rows = int(first_row[-1])
+        columns = {name: np.empty(n_rows, dtype=self.arrays[name].numpy_dtype) for name in _COLUMNS}
+        columns["row"] = np.empty(n_rows, dtype=np.int64)
+        return Window(units=units, first_row=first_row, plan=plan, slots=slots, filled=filled, columns=columns)
 
-        Row columns are small, and reading them is mostly Python: done by all threads at once, they would wait for
-        each other's interpreter lock, so half of the threads share them.
-        """
-        places = [p for p in range(len(window.units)) if window.plan.first_piece[p] < window.plan.first_piece[p + 1]]
-        n_groups = max(1, workers.n_threads // 2)
-        groups = [(window, places[group::n_groups], "") for group in range(n_groups)]
-        points = [(window, [place], point) for place in places for point in self.points]
-        return [workers.submit(self._deal, task) for task in groups + points]
+    def start(self, window: Window, workers: Workers) -> "list[Future[None]]":
+        """Start the window's tasks: for each unit one a hook point, and one for its row columns."""
+        places = np.flatnonzero(np.diff(window.plan.first_piece)).tolist()
+        tasks = [(window, place, name) for place in places for name in (*self.points, "")]
+        return [workers.submit(self._run, task) for task in tasks]
 
-    def _deal(self, task: tuple[Window, list[int], str]) -> None:
-        window, places, point = task
-        for place in places:
-            unit = int(window.units[place])
-            pieces = list(window.plan.of_unit(place))
-            for name, rows in [(point, self._decode(point, unit))] if point else self._columns(unit):
-                for source, batch, target, length in pieces:
-                    window.slots[batch].rows[name][target : target + length] = rows[source : source + length]
+    def finish(self, window: Window) -> None:
+        """Deal the row columns, once all tasks are done: a gather a batch, since stripes of them would be tiny."""
+        size, n_rows = len(window.slots[0].rows["row"]) if window.slots else 1, window.plan.n_rows
+        for number, slot in enumerate(window.slots):
+            low, high = (min(max(edge * size, window.filled), window.filled + n_rows) for edge in (number, number + 1))
+            taken = window.plan.taken[low - window.filled : high - window.filled]
+            for name, column in window.columns.items():
+                np.take(column, taken, out=slot.rows[name][low - number * size : high - number * size], mode="clip")
 
-    def _columns(self, unit: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def _run(self, task: tuple[Window, int, str]) -> None:
+        window, place, point = task
+        if point:
+            self._deal(window, place, point)
+        else:
+            self._gather(window, place)
+
+    def _deal(self, window: Window, place: int, point: str) -> None:
+        rows = self._decode(point, int(window.units[place]))
+        for source, batch, target, length in window.plan.of_unit(place):
+            window.slots[batch].rows[point][target : target + length] = rows[source : source + length]
+
+    def _gather(self, window: Window, place: int) -> None:
+        unit, target = int(window.units[place]), slice(*window.first_row[place : place + 2].tolist())
         for name in _COLUMNS:
-            yield name, self._decode(name, unit)
-        first = int(self.units.shard[unit]) * self.reader.spec.rows_per_shard + int(self.units.start[unit])
-        rows = np.arange(first, first + int(self.units.n_rows[unit]), dtype=np.int64)
-        yield "row", rows[self._kept[unit]] if unit in self._kept else rows
+            window.columns[name][target] = self._decode(name, unit)
+        stored = int(self.units.shard[unit]) * self.reader.spec.rows_per_shard + int(self.units.start[unit])
+        rows = np.arange(stored, stored + int(self.units.n_rows[unit]), dtype=np.int64)
+        window.columns["row"][target] = rows[self._kept[unit]] if unit in self._kept else rows
 
     def _decode(self, name: str, unit: int) -> npt.NDArray[Any]:
         shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))

@@ -49,6 +49,8 @@ def test_deal_puts_each_row_where_the_text_says(kept: list[int], batch_size: int
     plan = deal(kept, batch_size, filled=filled, skip=skip)
     wanted = output_sequence(kept, batch_size)[skip:]
     assert plan.n_rows == len(wanted)
+    starts = np.cumsum([0, *kept]).tolist()
+    assert plan.taken.tolist() == [starts[unit] + row for unit, row in wanted]
     assert dealt(plan, len(kept), batch_size) == {filled + i: item for i, item in enumerate(wanted)}
 
 
