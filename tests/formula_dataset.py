@@ -1,5 +1,6 @@
-"""Datasets of formulas, made through `actlake.storage` alone."""
+"""Datasets of formulas, made through `actlake.storage` alone, and what tests of streams over them share."""
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
@@ -7,8 +8,10 @@ from uuid import uuid4
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import torch
 
 import actlake
+from actlake.shards.batch import TokenBatch
 from actlake.shards.dataset import ActivationDataset
 from actlake.storage.arrays import crc32c, encode_shard
 from actlake.storage.codecs import Codec
@@ -20,6 +23,10 @@ from actlake.storage.spec import DatasetSpec, PointSpec
 from actlake.storage.stores import Store
 
 WIDE, NARROW = "layers.3.resid_post", "layers.3.mlp_out"
+BOTH = [NARROW, WIDE]
+
+#: A buffer of several windows an epoch on 868 rows.
+SMALL = 16_000
 
 
 def make_spec(**changes: Any) -> DatasetSpec:
@@ -141,3 +148,15 @@ class Made:
 def bits(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Rows as something that compares exactly."""
     return rows.view(np.uint16) if rows.dtype == ml_dtypes.bfloat16 else rows
+
+
+def rows_of(batches: list[TokenBatch]) -> list[list[int]]:
+    return [batch.row.tolist() for batch in batches]
+
+
+def flat(batches: list[TokenBatch]) -> list[int]:
+    return list(itertools.chain.from_iterable(rows_of(batches)))
+
+
+def same_bits(tensor: torch.Tensor, rows: Any) -> bool:
+    return np.array_equal(tensor.view(torch.int16).numpy(), rows.view(np.int16))

@@ -8,6 +8,7 @@ from uuid import uuid4
 import pytest
 from formula_dataset import Made
 
+from actlake.shards.dataset import ActivationDataset
 from actlake.storage.stores import Store
 
 
@@ -39,3 +40,8 @@ def make() -> Iterator[Callable[..., Made]]:
     """Make a dataset in memory, of 3 whole shards and one of 100 rows, or as told."""
     with in_memory() as url:
         yield lambda n_rows=868, **options: Made(url, n_rows, **options)
+
+
+@pytest.fixture
+def ds(make: Callable[..., Made]) -> ActivationDataset:
+    return make().build_all().open()
