@@ -20,9 +20,10 @@ import torch
 from actlake.ingest.batching import Batch, plan_batches
 from actlake.ingest.corpus import Corpus, TokenSequence
 from actlake.storage.arrays import ArraySpec, crc32c, encode_shard
-from actlake.storage.errors import DataError, NotFoundError
+from actlake.storage.errors import DataError, NotFoundError, SpecMismatchError
 from actlake.storage.header import Header
-from actlake.storage.moments import of_shard, to_parquet
+from actlake.storage.manifest import uncommit
+from actlake.storage.moments import Moments, of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, read_record, stats_key
 from actlake.storage.stores import Store
 
@@ -62,6 +63,11 @@ class ShardBuilder:
         n_threads: int = 1,
     ) -> None:
         self.header = Header.read(store)
+        if corpus.corpus_id != self.header.spec.corpus_id:
+            raise SpecMismatchError(
+                f"{store.url} is made from corpus {self.header.spec.corpus_id[:12]}..., {corpus.store.url} is "
+                f"{corpus.corpus_id[:12]}...; its sources have changed: choose another 'dataset' and 'corpus.url'"
+            )
         self.store, self.corpus, self.forward, self.device = store, corpus, forward, device
         self.made_by = made_by or Provenance()
         self.space = self.header.spec.row_space(self.header.n_rows)
@@ -76,23 +82,22 @@ class ShardBuilder:
 
         ``on_rows`` hears of rows as they are captured. Raises ``DataError`` for non-finite activations.
         """
-        n_rows, revision = len(self.space.rows_of(shard)), 0
-        try:
-            found = read_record(self.store, shard)
-            if found.n_rows == n_rows:
-                return found
-            revision = found.revision + 1
-        except NotFoundError:
-            pass  # Not built yet: the ordinary case.
+        n_rows, found = len(self.space.rows_of(shard)), self._committed(shard)
+        if found is not None and found.n_rows >= n_rows:
+            return found
         started, timing = _now(), Timing()
         self._capture(shard, timing, on_rows)
         # First, because it refuses non-finite values: nothing of a bad shard is stored.
-        stats = self._store_statistics(shard, n_rows, timing)
+        moments = self._moments(shard, n_rows, timing)
+        if found is not None:
+            # A short shard that has grown takes the keys of its objects: no reader may see them beside the old record.
+            uncommit(self.store, shard)
+        stats = self._store_statistics(shard, moments, timing)
         objects = {name: self._store_array(array, shard, n_rows, timing) for name, array in self._arrays.items()}
         record = ShardRecord(
             dataset_id=self.header.spec.dataset_id,
             shard=shard,
-            revision=revision,
+            revision=0 if found is None else found.revision + 1,
             first_row=self.space.rows_of(shard).start,
             n_rows=n_rows,
             n_void=0,
@@ -165,7 +170,14 @@ class ShardBuilder:
         timing.write_s += time.perf_counter() - middle
         return ObjectRecord(nbytes=encoded.nbytes, crc32c=encoded.crc32c, index_crc32c=encoded.index_crc32c)
 
-    def _store_statistics(self, shard: int, n_rows: int, timing: Timing) -> ObjectRecord:
+    def _committed(self, shard: int) -> ShardRecord | None:
+        try:
+            record = read_record(self.store, shard)
+        except NotFoundError:
+            return None
+        return record if record.dataset_id == self.header.spec.dataset_id else None
+
+    def _moments(self, shard: int, n_rows: int, timing: Timing) -> dict[str, Moments]:
         start = time.perf_counter()
         moments = {}
         for point in self.header.spec.hook_points:
@@ -174,10 +186,13 @@ class ShardBuilder:
             if not np.isfinite(moments[point.name].m2).all():
                 n_bad = int((~np.isfinite(rows.astype(np.float32)).all(axis=1)).sum())
                 raise DataError(f"shard {shard}, {point.name}: {n_bad} of {n_rows} rows hold non-finite values")
-        data = to_parquet(moments)
-        timing.encode_s += (middle := time.perf_counter()) - start
+        timing.encode_s += time.perf_counter() - start
+        return moments
+
+    def _store_statistics(self, shard: int, moments: Mapping[str, Moments], timing: Timing) -> ObjectRecord:
+        data, start = to_parquet(moments), time.perf_counter()
         self.store.write(stats_key(shard), data)
-        timing.write_s += time.perf_counter() - middle
+        timing.write_s += time.perf_counter() - start
         return ObjectRecord(nbytes=len(data), crc32c=crc32c(data))
 
 

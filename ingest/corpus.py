@@ -1,17 +1,16 @@
 """Corpora: tokenised sequences in a fixed order, built once per tokenizer and read by index.
 
-``corpus.json`` is written last and makes the corpus visible. A larger ``max_tokens`` extends the same prefix: it
-replaces the last file by a longer one that begins with the same sequences, so that the smaller corpus stays readable
-until the larger is whole.
+``corpus.json`` is written last and makes the corpus visible. A larger ``max_tokens`` extends the same prefix: its last
+file is a longer one of another name that begins with the same sequences. The smaller corpus stays whole until the larger
+is, and a handle of the smaller reads on in the files of the larger.
 """
 
 import io
 import json
-import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actlake.ingest import corpus_build
+from actlake.ingest.corpus_cuts import publish
 from actlake.ingest.corpus_files import (
     REBUILD,
     ROW_INDEX,
     SEQUENCES,
     VOCABULARY,
+    VOCABULARY_STEM,
     ObjectReader,
     flat,
     open_parquet,
     reading,
-    sequence_key,
+    sequence_stem,
     to_sequences,
     write_parquet,
 )
-from actlake.ingest.corpus_spec import FORMAT_VERSION, SPLITS, CorpusSpec, SplitInfo, TokenSequence
+from actlake.ingest.corpus_spec import FORMAT_VERSION, CorpusSpec, SplitInfo, TokenSequence
 from actlake.ingest.row_index import RowIndex, count_rows
 from actlake.ingest.sources import SourceFile, describe_sources, read_documents
 from actlake.ingest.tokenising import Progress, Tokenizer, tokenise
@@ -41,6 +42,7 @@ from actlake.storage.errors import (
     BadInputError,
     CorruptObjectError,
     FormatVersionError,
+    MissingObjectError,
     NotFoundError,
     SourceError,
     SpecMismatchError,
@@ -52,8 +54,8 @@ from actlake.storage.stores import Store
 __all__ = ["Corpus", "CorpusSpec", "RowIndex", "SplitInfo", "TokenSequence", "build_corpus"]
 
 _FORMAT = "actlake corpus"
-_SEQUENCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{10}}\.parquet")
 _CACHED_GROUPS = 4
+_Decoded = TypeVar("_Decoded")
 
 
 class Corpus:
@@ -140,14 +142,16 @@ class Corpus:
 
     def pieces(self) -> list[str]:
         """Return the vocabulary by token id as readable text."""
-        with reading(f"{self.store.url}/vocab.parquet"):
-            pieces: list[str] = self._file("vocab.parquet", VOCABULARY).read(["piece"])["piece"].to_pylist()
+        key = self._listed(VOCABULARY_STEM)
+        with reading(f"{self.store.url}/{key}"):
+            pieces: list[str] = self._file(key, VOCABULARY).read(["piece"])["piece"].to_pylist()
         return pieces
 
-    def verify(self) -> None:
-        """Compare every file with its recorded size and crc32c.
+    def verify(self) -> int:
+        """Compare every file that ``corpus.json`` lists with its size and crc32c there; return how many there are.
 
-        Raises ``MissingObjectError`` or ``CorruptObjectError`` for the first that differs.
+        Raises ``MissingObjectError`` or ``CorruptObjectError`` for the first that differs, with its name and the
+        remedy. Row indexes are not listed: they are checked when they are read, and made again at need.
         """
         for key, record in self.files.items():
             with reading(f"{self.store.url}/{key}"):
@@ -157,6 +161,7 @@ class Corpus:
                     f"{self.store.url}/{key}: {record.nbytes} bytes with crc32c {record.crc32c:#010x} expected, "
                     f"{len(data)} with {crc32c(data):#010x} found; {REBUILD}"
                 )
+        return len(self.files)
 
     def holds(self, max_tokens: int | None) -> bool:
         """Say whether a corpus cut at ``max_tokens`` is a prefix of this one."""
@@ -176,20 +181,44 @@ class Corpus:
         return self._groups[split, group]
 
     def _read_group(self, split: str, group: int) -> list[TokenSequence]:
-        with reading(f"{self.store.url}/{self._key(split, group)}"):
-            return to_sequences(self._table(split, group, None))
+        return self._decode(split, group, None, to_sequences)
 
     def _count(self, split: str, group: int, keep: KeepRule) -> npt.NDArray[np.int64]:
-        with reading(f"{self.store.url}/{self._key(split, group)}"):
-            tokens, offsets = flat(self._table(split, group, ["sequence", "tokens"])["tokens"])
+        tokens, offsets = self._decode(split, group, ["sequence", "tokens"], lambda table: flat(table["tokens"]))
         return count_rows(tokens, offsets.astype(np.int64), keep)
 
-    def _key(self, split: str, group: int) -> str:
-        return sequence_key(split, group * self._per_group // self._per_file * self._per_file)
+    def _decode(
+        self, split: str, group: int, columns: Sequence[str] | None, decode: Callable[[pa.Table], _Decoded]
+    ) -> _Decoded:
+        stem = sequence_stem(split, group * self._per_group // self._per_file * self._per_file)
+        key = self._listed(stem)
+        try:
+            with reading(f"{self.store.url}/{key}"):
+                return decode(self._table(key, split, group, columns))
+        except MissingObjectError:
+            self._follow()
+            longer = self._listed(stem)
+            if longer == key:
+                raise
+            with reading(f"{self.store.url}/{longer}"):
+                return decode(self._table(longer, split, group, columns))
 
-    def _table(self, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
+    def _follow(self) -> None:
+        """Take over the list of files of the present ``corpus.json``, which may be of a larger cut by now."""
+        present = Corpus.open(self.store)
+        if present.corpus_id == self.corpus_id:
+            self.files = present.files
+            self._open_files.clear()
+
+    def _listed(self, stem: str) -> str:
+        for key in self.files:
+            if key.startswith(stem):
+                return key
+        raise CorruptObjectError(f"{self.store.url}/corpus.json lists no {stem}*.parquet; {REBUILD}")
+
+    def _table(self, key: str, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
         first = group * self._per_group
-        file = self._file(self._key(split, group), SEQUENCES)
+        file = self._file(key, SEQUENCES)
         table = file.read_row_group(first % self._per_file // self._per_group, columns=columns)
         n_least = min(self._per_group, self.splits[split].n_sequences - first)
         numbers = table["sequence"].to_numpy()
@@ -226,8 +255,8 @@ def build_corpus(
     """Build the corpus at that place, or open the one that is there; return it.
 
     A corpus of the same definition that holds ``max_tokens`` already is opened as it is, even a larger one; a smaller
-    one is extended. Until ``corpus.json`` is replaced, what was there before stays whole. ``storage_options`` are
-    those of the sources. ``progress(documents, tokens)`` is called after each batch of documents.
+    one is extended. Until ``corpus.json`` is replaced, what was there before stays whole, and of several builds at once
+    the largest stays. ``storage_options`` are those of the sources. ``progress(documents, tokens)`` is called after each batch of documents.
 
     Raises ``SourceError`` for unusable sources, or such that changed since the corpus was built;
     ``SpecMismatchError`` where another corpus lies; ``BadInputError`` for a tokenizer without the BOS asked for.
@@ -240,10 +269,8 @@ def build_corpus(
     read = read_documents(spec.sources, text_field=spec.text_field, storage_options=storage_options)
     documents = tokenise(read, tokenizer, progress)
     corpus_id = spec.corpus_id(documents.text_digest)
-    if present is not None and present.corpus_id != corpus_id:
-        raise SourceError(_changed(store, "texts of the same size differ"))
+    _require_texts(present, corpus_id)
     objects = corpus_build.write_objects(store, spec, documents, tokenizer)
-    _drop_leftovers(store, objects["files"])
     header = {
         "format": _FORMAT,
         "format_version": FORMAT_VERSION,
@@ -253,7 +280,9 @@ def build_corpus(
         **objects,
         "source_files": [asdict(file) for file in source_files],
     }
-    store.write("corpus.json", json.dumps(header, indent=1).encode())
+    # Another build may have ended there since.
+    _require_texts(_present(store, spec, source_files), corpus_id)
+    publish(store, header)
     return Corpus.open(store)
 
 
@@ -273,15 +302,13 @@ def _present(store: Store, spec: CorpusSpec, source_files: Sequence[SourceFile])
     return present
 
 
+def _require_texts(present: Corpus | None, corpus_id: str) -> None:
+    if present is not None and present.corpus_id != corpus_id:
+        raise SourceError(_changed(present.store, "texts of the same size differ"))
+
+
 def _changed(store: Store, what: str) -> str:
     return (
         f"sources changed since the corpus at {store.url} was built: {what}; "
         "restore them, or build the new text at another place"
     )
-
-
-def _drop_leftovers(store: Store, files: Mapping[str, Any]) -> None:
-    """Remove sequence files of an unfinished larger build, so that ``sequences/*.parquet`` is the corpus."""
-    for name in store.names("sequences"):
-        if _SEQUENCE_FILE.fullmatch(name) and f"sequences/{name}" not in files:
-            store.delete(f"sequences/{name}")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actlake.ingest.corpus_files import SEQUENCES, VOCABULARY, sequence_key, write_parquet
+from actlake.ingest.corpus_files import SEQUENCES, VOCABULARY, VOCABULARY_STEM, sequence_stem, write_by_content
 from actlake.ingest.corpus_spec import CorpusSpec, SplitInfo
 from actlake.ingest.tokenising import TokenisedDocuments, Tokenizer
 from actlake.storage.errors import BadInputError, SourceError
@@ -109,23 +109,23 @@ def write_split(
     store: Store, split: str, documents: TokenisedDocuments, windows: Windows, bos: int | None
 ) -> dict[str, ObjectRecord]:
     """Write one split's sequences in the order of ``windows``; return its files by key. ``bos`` None adds none."""
-    files = {}
+    files: dict[str, ObjectRecord] = {}
     for first in range(0, len(windows), SEQUENCES_PER_FILE):
         part = windows.take(slice(first, first + SEQUENCES_PER_FILE))
         tables = (
             _table(documents, part.take(slice(start, start + SEQUENCES_PER_ROW_GROUP)), first + start, bos)
             for start in range(0, len(part), SEQUENCES_PER_ROW_GROUP)
         )
-        files[sequence_key(split, first)] = write_parquet(store, sequence_key(split, first), SEQUENCES, tables)
+        files |= write_by_content(store, sequence_stem(split, first), SEQUENCES, tables)
     return files
 
 
 def write_vocabulary(store: Store, tokenizer: Tokenizer) -> dict[str, ObjectRecord]:
-    """Write the pieces by token id as ``vocab.parquet``; SentencePiece's mark of a space becomes a space."""
+    """Write the pieces by token id; SentencePiece's mark of a space becomes a space."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     text = ["" if piece is None else piece.replace("\u2581", " ") for piece in pieces]
     table = pa.table({"token_id": range(len(text)), "piece": text}, schema=VOCABULARY)
-    return {"vocab.parquet": write_parquet(store, "vocab.parquet", VOCABULARY, [table])}
+    return write_by_content(store, VOCABULARY_STEM, VOCABULARY, [table])
 
 
 def _table(documents: TokenisedDocuments, windows: Windows, first: int, bos: int | None) -> pa.Table:

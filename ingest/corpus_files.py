@@ -33,13 +33,34 @@ ROW_INDEX = pa.schema([("first_row", pa.int64())])
 REBUILD = "remove that folder and build the corpus again: the same sources give the same bytes"
 
 
-def sequence_key(split: str, first: int) -> str:
-    """Return the key of the file that begins with sequence ``first``."""
-    return f"sequences/{split}-{first:010d}.parquet"
+#: What the key of the vocabulary begins with.
+VOCABULARY_STEM = "vocab"
 
 
-def write_parquet(store: Store, key: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> ObjectRecord:
-    """Store tables as one Parquet object, a row group each; zstd, with checksums of the pages."""
+def sequence_stem(split: str, first: int) -> str:
+    """Return what the key of the file begins with whose first sequence is ``first``."""
+    return f"sequences/{split}-{first:010d}"
+
+
+def write_by_content(store: Store, stem: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> dict[str, ObjectRecord]:
+    """Store tables as ``<stem>-<crc32c>.parquet``; return its record by its key.
+
+    Builds of other extent, text or software thus never replace an object that a stored ``corpus.json`` lists.
+    """
+    data = _encode(schema, tables)
+    record = ObjectRecord(nbytes=data.nbytes, crc32c=crc32c(data))
+    key = f"{stem}-{record.crc32c:08x}.parquet"
+    store.write(key, data)
+    return {key: record}
+
+
+def write_parquet(store: Store, key: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Store tables as one Parquet object."""
+    store.write(key, _encode(schema, tables))
+
+
+def _encode(schema: pa.Schema, tables: Iterable[pa.Table]) -> memoryview:
+    """Return tables as Parquet, a row group each; zstd, with checksums of the pages."""
     sink = pa.BufferOutputStream()
     dictionaries = [name for name in ("document", "source") if name in schema.names]
     with pq.ParquetWriter(
@@ -47,9 +68,7 @@ def write_parquet(store: Store, key: str, schema: pa.Schema, tables: Iterable[pa
     ) as writer:
         for table in tables:
             writer.write_table(table, row_group_size=max(1, len(table)))
-    data = memoryview(sink.getvalue())
-    store.write(key, data)
-    return ObjectRecord(nbytes=data.nbytes, crc32c=crc32c(data))
+    return memoryview(sink.getvalue())
 
 
 def open_parquet(stream: BinaryIO | io.RawIOBase, schema: pa.Schema) -> pq.ParquetFile:

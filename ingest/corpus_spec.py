@@ -66,6 +66,11 @@ class CorpusSpec:
         return content_hash(self.definition)[:16]
 
     @property
+    def rules(self) -> dict[str, Any]:
+        """What is made of the texts: the definition without where they lie (``sources``, ``text_field``)."""
+        return {name: value for name, value in self.definition.items() if name not in ("sources", "text_field")}
+
+    @property
     def n_text_tokens(self) -> int:
         """Tokens of text in a full sequence: the context without BOS."""
         return self.context_length - self.prepend_bos
@@ -76,8 +81,7 @@ class CorpusSpec:
         Where the texts lay (``sources``, ``text_field``) is left out: the digest pins every document, and a path
         must not decide whether the rows of two datasets line up. ``max_tokens`` only cuts a prefix.
         """
-        rules = {name: value for name, value in self.definition.items() if name not in ("sources", "text_field")}
-        return content_hash(rules | {"documents": text_digest})
+        return content_hash(self.rules | {"documents": text_digest})
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec as JSON values."""
@@ -88,9 +92,12 @@ class CorpusSpec:
         """Read what ``to_json`` returned."""
         return cls(**{**value, "sources": tuple(value["sources"])})
 
-    def differences(self, other: "CorpusSpec") -> list[str]:
-        """Name the fields of the definition that differ, with the value of each: ``"seed: 0 there, 1 asked"``."""
-        mine, theirs = self.definition, other.definition
+    def differences(self, other: "CorpusSpec", *, places: bool = True) -> list[str]:
+        """Name the fields of the definition that differ, with the value of each: ``"seed: 0 there, 1 asked"``.
+
+        ``places`` False leaves out where the texts lie, as ``corpus_id`` does.
+        """
+        mine, theirs = (self.definition, other.definition) if places else (self.rules, other.rules)
         return [f"{name}: {mine[name]!r} there, {theirs[name]!r} asked" for name in mine if mine[name] != theirs[name]]
 
 

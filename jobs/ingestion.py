@@ -5,9 +5,12 @@ Run again after any interruption: what is committed stays, what is missing is bu
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow.compute as pc
 
 from actlake.ingest.corpus import Corpus, build_corpus
 from actlake.ingest.corpus_spec import CorpusSpec
@@ -32,6 +35,9 @@ from actlake.storage.spec import SPLITS, DatasetSpec
 from actlake.storage.stores import Store, relative_url, resolve_url
 
 ENGINES = ("ray", "local")
+
+#: Protocols whose first folder is a bucket.
+_BUCKETS = ("gs", "gcs", "s3", "s3a", "az", "abfs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +97,16 @@ def ingest(
     Raises ``BadInputError`` and its kin before anything is written where the job cannot be done, and
     ``ShardFailedError``, after finishing all other shards, where some could not be built.
     """
-    hear, started = listener or Listener(), time.perf_counter()
-    if engine not in ENGINES:
-        raise BadInputError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    with ExitStack() as stack:
+        _check_engine(job, engine, address, stack)
+        return _ingest(job, engine, address, listener or Listener())
+
+
+def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> IngestReport:
+    started = time.perf_counter()
     store = Store(job.dataset, job.storage_options)
+    if store.protocol in _BUCKETS and "/" not in store.root.strip("/"):
+        raise JobFileError(f"dataset = {job.dataset!r} is a whole bucket; name a folder in it, e.g. '{store.url}/demo'")
     shape = model_shape(job.model, revision=job.revision)
     _check_context(job, shape)
     _check_destination(store, job, shape)
@@ -109,6 +121,22 @@ def ingest(
     if failed:
         raise ShardFailedError(_failures(failed, plan))
     return report
+
+
+def _check_engine(job: Job, engine: str, address: str | None, stack: ExitStack) -> None:
+    """Find out what is not installed, not there or not reachable before anything is written."""
+    if engine not in ENGINES:
+        raise BadInputError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    if engine == "ray":
+        from actlake.jobs.engines import ray_engine
+
+        if address is not None:
+            stack.enter_context(ray_engine.cluster(address, n_cpus=0))
+    if address is None and _device(job).startswith("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise JobFileError(f"run.device = {job.run.device!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
 
 
 def _check_context(job: Job, shape: ModelShape) -> None:
@@ -131,7 +159,11 @@ def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
     stored = header.spec
     known = {name: getattr(stored, name) for name in ("model_revision", "model_fingerprint", "corpus_id", "keep")}
     stored.require_equal(replace(wanted, **known), store.url)
-    corpus = Corpus.open(resolve_url(header.corpus, store))
+    try:
+        corpus = Corpus.open(resolve_url(header.corpus, store))
+    except NotFoundError:
+        # Removed, so it is built anew; ``prepare`` refuses it unless it is the same.
+        return
     if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer)):
         raise SpecMismatchError(
             f"{store.url} was made from another corpus:\n  " + "\n  ".join(lines) + "\nchoose another 'dataset' URL"
@@ -140,7 +172,8 @@ def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
 
 def stored_name(model: str) -> str:
     """Return the model's name as a spec keeps it: a local directory by its last part, for no path enters a hash."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _corpus_spec(job: Job, fingerprint: str) -> CorpusSpec:
@@ -196,10 +229,12 @@ def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpe
 
 
 def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
-    committed = Manifest.load(split_store(store, split), header.n_rows).n_rows_by_shard()
+    table = Manifest.load(split_store(store, split), header.n_rows).table
+    own = table.filter(pc.field("dataset_id") == header.spec.dataset_id)
+    committed = dict(zip(own["shard"].to_pylist(), own["n_rows"].to_pylist(), strict=True))
     space = header.spec.row_space(header.n_rows)
     for shard in range(space.n_shards):
-        if committed.get(shard) != (n_rows := len(space.rows_of(shard))):
+        if committed.get(shard, 0) < (n_rows := len(space.rows_of(shard))):
             yield Task(split=split, shard=shard, n_rows=n_rows)
 
 
@@ -208,8 +243,9 @@ def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: P
     return WorkOrder(
         dataset=store.url,
         corpus=corpus.store.url,
-        model=str(Path(model.path).resolve()) if Path(model.name).is_dir() else model.name,
-        revision=job.revision,
+        model=str(Path(model.path).resolve()) if Path(model.name).expanduser().is_dir() else model.name,
+        revision=model.revision,
+        fingerprint=model.fingerprint,
         points=plan.headers["train"].spec.point_names,
         dtype=job.capture.dtype,
         device=_device(job),
@@ -229,9 +265,11 @@ def _device(job: Job) -> str:
 def _n_workers(job: Job) -> int:
     if job.run.workers is not None:
         return job.run.workers
+    if not _device(job).startswith("cuda"):
+        # One worker with all threads: more of them would only multiply the model and the shard memory.
+        return 1
     import torch
 
-    # On CPUs one worker with all threads: more of them would only multiply the model and the shard memory.
     return max(1, torch.cuda.device_count())
 
 

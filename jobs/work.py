@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from actlake.storage.errors import ModelAccessError
 from actlake.storage.records import Provenance, ShardRecord
 from actlake.storage.stores import Store
 
@@ -21,6 +22,7 @@ class WorkOrder:
     corpus: str
     model: str
     revision: str | None
+    fingerprint: str
     points: tuple[str, ...]
     dtype: str
     device: str
@@ -50,14 +52,20 @@ class Worker:
 
     def __init__(self, order: WorkOrder) -> None:
         import torch
-        from actlake.ingest.capture import Capture
-        from actlake.ingest.models import load_model, resolve_model
 
         from actlake.ingest.build import ShardBuilder
+        from actlake.ingest.capture import Capture
         from actlake.ingest.corpus import Corpus
+        from actlake.ingest.models import load_model, resolve_model
 
         torch.set_num_threads(order.n_threads)
-        model = load_model(resolve_model(order.model, revision=order.revision), dtype=order.dtype, device=order.device)
+        ref = resolve_model(order.model, revision=order.revision)
+        if ref.fingerprint != order.fingerprint:
+            raise ModelAccessError(
+                f"{order.model} has weights {ref.fingerprint[:12]}... on {socket.gethostname()}, the job was planned "
+                f"with {order.fingerprint[:12]}...; give every machine the same files"
+            )
+        model = load_model(ref, dtype=order.dtype, device=order.device)
         self._forward = Capture(model, order.points)
         self._corpus = Corpus.open(Store(order.corpus, order.storage_options))
         self._dataset = Store(order.dataset, order.storage_options)

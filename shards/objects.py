@@ -85,15 +85,6 @@ class ShardReader:
         for place, chunk in enumerate(range(start // step, -(-stop // step))):
             self.read_chunk(array, shard, chunk, out[place * step : (place + 1) * step])
 
-    def require_rows(self, shard: int, n_rows: int) -> None:
-        """Raise ``DataError`` where the shard was found to have been rebuilt with another number of rows."""
-        found = self.record(shard).n_rows
-        if found != n_rows:
-            raise DataError(
-                f"{self._where(shard)} was rebuilt with {found} rows and had {n_rows} when it was opened, so its rows "
-                "have other numbers now; open the dataset again and start a new stream"
-            )
-
     def statistics(self, shard: int) -> dict[str, Moments]:
         """Return a shard's moments by hook point; raise ``MissingObjectError`` or ``CorruptObjectError``."""
 
@@ -142,6 +133,11 @@ class ShardReader:
             ) from error
         if record.content == used.record.content:
             return False
+        if record.n_rows != used.record.n_rows:
+            raise DataError(
+                f"{self._where(shard)} was rebuilt with {record.n_rows} rows and had {used.record.n_rows} when it was "
+                "opened, so its rows have other numbers now; open the dataset again and start a new stream"
+            )
         self._open[shard] = _OpenShard(record)
         return True
 

@@ -125,7 +125,6 @@ class Dealer:
     def _decode(self, name: str, unit: int) -> npt.NDArray[Any]:
         shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
         rows = self._read(self.arrays[name], shard, start, start + n_rows)
-        self.reader.require_rows(shard, self._shard_rows[shard])
         return rows[self._kept[unit]] if unit in self._kept else rows
 
     def _read(self, array: ArraySpec, shard: int, start: int, stop: int) -> npt.NDArray[Any]:

@@ -68,7 +68,7 @@ def prepare(store: Store, header: Header) -> Header:
     """Create a dataset's metadata, or check that the same spec is there and plan more rows; return what now holds.
 
     Raises ``SpecMismatchError`` with the differing fields, and then writes nothing. Fewer rows than planned before
-    change nothing.
+    change no plan. Zarr metadata that are lost, damaged or of a growth that broke off are written again.
     """
     try:
         stored = Header.read(store)
@@ -77,15 +77,38 @@ def prepare(store: Store, header: Header) -> Header:
     if stored is not None:
         stored.spec.require_equal(header.spec, store.url)
         if stored.n_rows >= header.n_rows:
-            return stored
+            return _restored(store, stored)
         # The totals of the smaller dataset must not outlive it.
         store.delete("root.json")
-    for array in header.spec.arrays().values():
-        store.write(f"arrays/{array.name}/zarr.json", _json(array.zarr_json(header.n_rows)))
-    store.write("arrays/rows/zarr.json", _json(_GROUP))
-    store.write("arrays/zarr.json", _json(_GROUP))
+    for key, data in _zarr_metadata(header).items():
+        store.write(key, data)
     store.write("spec.json", header.to_bytes())
     return header
+
+
+def _zarr_metadata(header: Header) -> dict[str, bytes]:
+    """Return every ``zarr.json`` by key: the arrays first, the groups that lead to them last."""
+    arrays = {f"arrays/{a.name}/zarr.json": _json(a.zarr_json(header.n_rows)) for a in header.spec.arrays().values()}
+    return arrays | {"arrays/rows/zarr.json": _json(_GROUP), "arrays/zarr.json": _json(_GROUP)}
+
+
+def _restored(store: Store, stored: Header) -> Header:
+    """Write again what differs from the stored header: one read for each array and group."""
+    expected = _zarr_metadata(stored)
+    differing = [key for key, data in expected.items() if _found(store, key) != data]
+    # A growth by another driver may have ended since the header was read; its shapes are then the right ones.
+    if differing and (now := Header.read(store)).n_rows != stored.n_rows:
+        return _restored(store, now)
+    for key in differing:
+        store.write(key, expected[key])
+    return stored
+
+
+def _found(store: Store, key: str) -> bytes | None:
+    try:
+        return store.read(key)
+    except NotFoundError:
+        return None
 
 
 def _json(value: dict[str, Any]) -> bytes:

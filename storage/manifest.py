@@ -87,10 +87,24 @@ class Manifest:
         if root is not None and n_rows is not None and root["n_rows"] != n_rows:
             # Left by a run that planned fewer rows and ended after another had planned more.
             root = None
-        groups = root["groups"] if root else _groups(store)
+        if root is not None:
+            loose = (shard for shard in range(root["n_shards"]) if shard // GROUP_SHARDS not in root["groups"])
+            try:
+                return cls._gather(store, root["groups"], (read_record(store, shard) for shard in loose))
+            except NotFoundError:
+                pass  # A commit that the totals count is gone, as after a repair: what is there is the answer.
+        return cls.load_listed(store)
+
+    @classmethod
+    def load_listed(cls, store: Store) -> Self:
+        """Read what is there by listing it, whatever ``root.json`` says."""
+        groups = _groups(store)
+        return cls._gather(store, groups, _listed_records(store, set(groups)))
+
+    @classmethod
+    def _gather(cls, store: Store, groups: Iterable[int], records: Iterable[ShardRecord]) -> Self:
         tables = [_read_group(store, group) for group in groups]
-        rest = Manifest.of(read_record(store, shard) for shard in _loose_shards(store, root, set(groups)))
-        return cls(pa.concat_tables([*tables, rest.table]).sort_by("shard").combine_chunks())
+        return cls(pa.concat_tables([*tables, Manifest.of(records).table]).sort_by("shard").combine_chunks())
 
     @cached_property
     def shards(self) -> list[int]:
@@ -126,7 +140,7 @@ class Manifest:
             yield from map(_from_row, batch.to_pylist())
 
     def n_rows_by_shard(self) -> dict[int, int]:
-        """Return the committed number of rows of each shard."""
+        """Return the committed number of rows of each shard, whatever dataset its record names."""
         return dict(zip(self.shards, self.table["n_rows"].to_pylist(), strict=True))
 
     def nbytes_by_array(self) -> dict[str, int]:
@@ -192,11 +206,13 @@ def uncommit(store: Store, shard: int) -> None:
     store.delete(commit_key(shard))
 
 
-def _loose_shards(store: Store, root: Mapping[str, Any] | None, groups: set[int]) -> Iterator[int]:
-    if root:
-        return (shard for shard in range(root["n_shards"]) if shard // GROUP_SHARDS not in groups)
-    folders = [folder for folder in _numbers(store, "commits", "") if folder not in groups]
-    return (shard for folder in folders for shard in _numbers(store, commit_folder(folder), ".json"))
+def _listed_records(store: Store, groups: set[int]) -> Iterator[ShardRecord]:
+    for folder in _numbers(store, "commits", ""):
+        for shard in _numbers(store, commit_folder(folder), ".json") if folder not in groups else ():
+            try:
+                yield read_record(store, shard)
+            except NotFoundError:
+                continue  # Un-committed since it was listed.
 
 
 def _groups(store: Store) -> list[int]:

@@ -76,14 +76,14 @@ class ShardRecord:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The reproducible part, as JSON values."""
+        """The reproducible part, as JSON values; how often a shard was rebuilt is history, so it stands apart."""
         value = asdict(self)
-        del value["provenance"]
+        del value["provenance"], value["revision"]
         return value
 
     def to_bytes(self) -> bytes:
         """Return the record as it is stored."""
-        value = {"content": self.content, "provenance": asdict(self.provenance)}
+        value = {"content": self.content, "revision": self.revision, "provenance": asdict(self.provenance)}
         return json.dumps(value, sort_keys=True, indent=1).encode()
 
     @classmethod
@@ -96,7 +96,8 @@ class ShardRecord:
             stats = ObjectRecord(**content.pop("stats"))
             known = {item.name for item in fields(Provenance)}
             provenance = Provenance(**{k: v for k, v in value["provenance"].items() if k in known})
-            return cls(**content, objects=objects, stats=stats, provenance=provenance)
+            revision = int(value["revision"])
+            return cls(**content, revision=revision, objects=objects, stats=stats, provenance=provenance)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptObjectError(
                 f"{where} is no commit record ({type(error).__name__}: {error}); "

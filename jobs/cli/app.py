@@ -4,6 +4,8 @@ Exit code 0: done; 1: some shards could not be built; 2: bad input or damaged da
 """
 
 import logging
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +15,12 @@ from typer.core import TyperGroup
 import actlake
 from actlake.storage.errors import ActlakeError, ShardFailedError
 
-#: Messages go to stderr, so that what a command prints can be piped.
-ERRORS = Console(stderr=True, soft_wrap=True, highlight=False)
-OUT = Console(soft_wrap=True, highlight=False)
+#: Messages go to stderr, so that what a command prints can be piped. Neither console reads markup or emoji codes: most
+#: of what is shown comes from data, and texts and names may hold ``seq[index]`` or ``a[/b]``.
+ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+OUT = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+_INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
@@ -26,11 +31,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except ActlakeError as error:
             ERRORS.print("error:", style="bold red", end=" ")
-            ERRORS.print(str(error), markup=False)
+            ERRORS.print(str(error))
             raise typer.Exit(1 if isinstance(error, ShardFailedError) else 2) from error
         except KeyboardInterrupt as error:
-            ERRORS.print("interrupted; run the same command again to go on where it stopped")
-            raise typer.Exit(130) from error
+            _say_interrupted()
+            raise typer.Exit(_INTERRUPTED) from error
 
 
 app = typer.Typer(
@@ -59,7 +64,27 @@ def _global(
 
 
 def main() -> None:
-    """Run the command line."""
-    from actlake.jobs.cli import demo, ingest, query  # noqa: F401 - each registers its commands
+    """Run the command line; an interrupted one ends at once, whatever its threads are doing."""
+    try:
+        from actlake.jobs.cli import demo, ingest, query  # noqa: F401 - each registers its commands
 
-    app()
+        app()
+    except KeyboardInterrupt:
+        # No command ran yet: the modules were loading.
+        _say_interrupted()
+        _leave()
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            _leave()
+        raise
+
+
+def _say_interrupted() -> None:
+    ERRORS.print("interrupted; run the same command again to go on where it stopped")
+
+
+def _leave() -> None:
+    # An orderly exit waits for the encoding threads, and aborts (SIGABRT) where the worker's thread is inside torch.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_INTERRUPTED)

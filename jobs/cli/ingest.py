@@ -1,6 +1,7 @@
 """``actlake ingest``, ``init`` and ``points``: making datasets."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 from rich.table import Table
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
-from actlake.jobs.cli.progress import format_nbytes, listening
+from actlake.jobs.cli.progress import format_nbytes
 from actlake.storage.errors import BadInputError
 
 
@@ -23,6 +24,7 @@ def ingest(
 ) -> None:
     """Build what is missing of a job's dataset: corpus, then shards. Run it again after any interruption."""
     from actlake.jobs import ingestion
+    from actlake.jobs.cli.listener import listening
     from actlake.jobs.jobfile import read_job
 
     checked = read_job(job)
@@ -32,13 +34,12 @@ def ingest(
         typer.echo(json.dumps(vars(report), indent=1))
         return
     if report.n_built == 0:
-        OUT.print(f"nothing to build: all {report.n_shards} shards of {report.dataset} are committed", markup=False)
+        OUT.print(f"nothing to build: all {report.n_shards} shards of {report.dataset} are committed")
         return
     ratio = report.raw_nbytes / report.nbytes
     OUT.print(
         f"built {report.n_built} shards in {report.seconds:.0f} s: {report.dataset} has {report.n_rows:,} rows, "
         f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)",
-        markup=False,
     )
 
 
@@ -51,10 +52,16 @@ def init(
     """Write a commented job file for a model."""
     from actlake.jobs.template import job_template
 
-    if output.exists() and not force:
+    if os.path.exists(output) and not force:
         raise BadInputError(f"{output} exists; choose another with --output, or replace it with --force")
-    output.write_text(job_template(model), encoding="utf-8")
-    OUT.print(f"wrote {output}; look it over, then: actlake ingest {output}", markup=False)
+    if not os.path.isdir(output.parent):
+        raise BadInputError(f"cannot write {output}: there is no folder {output.parent}; make it, or use --output")
+    text = job_template(model)
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInputError(f"cannot write {output}: {error.strerror}; choose another with --output") from error
+    OUT.print(f"wrote {output}; look it over, then: actlake ingest {output}")
 
 
 @app.command()
@@ -65,7 +72,6 @@ def points(
 ) -> None:
     """Show a model's hook points, their widths and their bytes per token."""
     from actlake.ingest.models import model_shape
-
     from actlake.storage.hookpoints import STREAMS
 
     shape = model_shape(model, revision=revision)

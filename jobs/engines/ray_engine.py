@@ -8,12 +8,12 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actlake.jobs.engines.events import Event, RowsCaptured, ShardAbandoned, ShardCommitted
 from actlake.jobs.work import Task, Worker, WorkOrder
-from actlake.storage.errors import ActlakeError, MissingExtraError
+from actlake.storage.errors import ActlakeError, BadInputError, MissingExtraError
 from actlake.storage.records import ShardRecord
 
 try:
@@ -32,11 +32,19 @@ class RayWorker:
     """The actor: builds one shard at a time and answers ``n_rows`` meanwhile."""
 
     def __init__(self, order: WorkOrder) -> None:
-        self._worker = Worker(order)
+        # Nothing here fails: an error of a method reaches the driver as it is, one of a constructor as text.
+        self._order = order
+        self._worker: Worker | None = None
         self._n_rows = 0
+
+    def start(self) -> None:
+        """Load the model and open the corpus, once."""
+        self._worker = self._worker or Worker(self._order)
 
     def build(self, task: Task) -> ShardRecord:
         """Build and commit one shard."""
+        self.start()
+        assert self._worker is not None
         return self._worker.build(task, self._count)
 
     def n_rows(self) -> int:
@@ -81,22 +89,52 @@ def run(
     order: WorkOrder, tasks: Iterable[Task], *, attempts: int, workers: int, address: str | None
 ) -> Iterator[Event]:
     """Yield what happens until every task is committed or abandoned."""
+    if order.device.startswith("cuda"):
+        # Ray shows each actor its own GPU alone, as the first.
+        order = replace(order, device="cuda")
     with cluster(address, n_cpus=workers * order.n_threads):
-        pool = _Pool(order, workers, attempts)
+        pool = _Pool(order, _fitting(order, workers), attempts)
         try:
+            pool.start()
             yield from pool.run(tasks)
         finally:
             pool.close()
+
+
+def _fitting(order: WorkOrder, workers: int) -> int:
+    """Return how many of the workers the cluster has room for; an actor without room would wait for ever."""
+    wanted = {"CPU": order.n_threads} | ({"GPU": 1} if _n_gpus(order) else {})
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    room = sum(min(int(has.get(name, 0) // n) for name, n in wanted.items()) for has in there)
+    if room < 1:
+        cpus, gpus = (max(has.get(name, 0) for has in there) for name in ("CPU", "GPU"))
+        raise BadInputError(
+            f"a worker wants {order.n_threads} CPUs and {_n_gpus(order)} GPUs; the largest of {len(there)} Ray nodes "
+            f"has {cpus:.0f} and {gpus:.0f}: lower run.threads, or change run.device"
+        )
+    return min(workers, room)
+
+
+def _n_gpus(order: WorkOrder) -> int:
+    return int(order.device.startswith("cuda"))
 
 
 class _Pool:
     def __init__(self, order: WorkOrder, workers: int, attempts: int) -> None:
         # Two calls at once: one builds, one answers n_rows.
         self._remote: Any = ray.remote(RayWorker).options(
-            num_cpus=order.n_threads, num_gpus=int(order.device.startswith("cuda")), max_concurrency=2
+            num_cpus=order.n_threads, num_gpus=_n_gpus(order), max_concurrency=2
         )
         self._order, self._attempts = order, attempts
         self._slots = [_Slot(actor=self._remote.remote(order)) for _ in range(workers)]
+
+    def start(self) -> None:
+        """Wait until every worker has its model; raise what the first that cannot have it raised."""
+        try:
+            ray.get([slot.actor.start.remote() for slot in self._slots])
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Event]:
         waiting, retries = iter(tasks), deque[tuple[Task, int]]()

@@ -12,7 +12,8 @@ from actlake.ingest.batching import plan_batches
 from actlake.ingest.build import ShardBuilder
 from actlake.ingest.corpus import Corpus
 from actlake.storage.arrays import ShardIndex, decode_chunk
-from actlake.storage.errors import DataError
+from actlake.storage.codecs import Codec
+from actlake.storage.errors import DataError, SpecMismatchError
 from actlake.storage.header import Header, prepare
 from actlake.storage.moments import from_parquet
 from actlake.storage.records import commit_key, read_record, stats_key
@@ -112,14 +113,51 @@ def test_growth_rebuilds_the_short_last_shard_under_a_new_revision(tmp_path: Pat
     assert all(fresh.build(s).objects == records[s].objects for s in range(4))
 
 
+@pytest.mark.parametrize("codec", ["blosc", "none"])
+def test_a_growth_that_dies_between_two_objects_shows_no_old_record_beside_new_rows(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    small = make_builder(tmp_path / "ds", corpus, n_rows=100, codec=Codec(name=codec))
+    small.build(1)
+    large = make_builder(tmp_path / "ds", corpus, n_rows=128, codec=Codec(name=codec))
+    write = Store.write
+
+    def dying(store: Store, key: str, *parts: bytes) -> None:
+        write(store, key, *parts)
+        if key.startswith("arrays/layers.0.attn_z/c/"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        large.build(1)
+    monkeypatch.setattr(Store, "write", write)
+    assert not Store(tmp_path / "ds").exists(commit_key(1))
+    fresh = make_builder(tmp_path / "fresh", corpus, n_rows=128, codec=Codec(name=codec))
+    assert large.build(1).content == fresh.build(1).content
+
+
+def test_a_builder_that_plans_fewer_rows_does_not_shrink_a_shard(tmp_path: Path, corpus: Corpus) -> None:
+    stale = make_builder(tmp_path / "ds", corpus, n_rows=100)
+    grown = make_builder(tmp_path / "ds", corpus, n_rows=128).build(1)
+    assert stale.build(1) == grown
+    assert read_record(Store(tmp_path / "ds"), 1) == grown
+
+
+def test_another_corpus_than_the_specs_is_refused(tmp_path: Path, corpus: Corpus) -> None:
+    make_builder(tmp_path / "ds", corpus)
+    other = make_corpus(Store(tmp_path / "other"), write_documents(tmp_path / "others", seed=1))
+    with pytest.raises(SpecMismatchError, match="its sources have changed"):
+        ShardBuilder(store=Store(tmp_path / "ds"), corpus=other, forward=FormulaModel(()))
+
+
 def test_a_failed_forward_pass_leaves_no_commit_and_the_next_attempt_is_whole(tmp_path: Path, corpus: Corpus) -> None:
-    broken = make_builder(tmp_path / "ds", corpus)
+    broken = make_builder(tmp_path / "ds", corpus, batch_tokens=34)
     broken.forward.fail_after = 1  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="planted"):
         broken.build(0)
     assert not Store(tmp_path / "ds").exists(commit_key(0))
     broken.forward.fail_after = None  # type: ignore[attr-defined]
-    assert broken.build(0).objects == make_builder(tmp_path / "other", corpus).build(0).objects
+    assert broken.build(0).objects == make_builder(tmp_path / "other", corpus, batch_tokens=34).build(0).objects
 
 
 def test_non_finite_activations_are_refused_by_name_before_anything_is_stored(tmp_path: Path, corpus: Corpus) -> None:

@@ -1,7 +1,10 @@
 """Whole runs of the driver on a tiny real model: complete, resumed, grown, refused, failed."""
 
+import hashlib
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,18 @@ from runs import Recorder, contents, run_until
 
 import actlake
 from actlake.ingest.build import ShardBuilder
-from actlake.jobs.engines.events import ShardCommitted
+from actlake.jobs import ingestion
+from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
-from actlake.storage.errors import BadInputError, JobFileError, ShardFailedError, SpecMismatchError, UnknownNameError
+from actlake.storage.errors import (
+    BadInputError,
+    JobFileError,
+    ModelAccessError,
+    ShardFailedError,
+    SpecMismatchError,
+    UnknownNameError,
+)
 from actlake.storage.records import commit_key, read_record
 from actlake.storage.stores import Store
 
@@ -54,13 +65,9 @@ def test_more_rows_add_shards_and_equal_a_run_from_scratch(
     report = ingest(read_job(write_job(max_rows=700)), engine="local")
     assert report.n_built == 4 + 2  # The short third shard again and three more; both held-out shards.
     grown = contents(tmp_path / "ds")
-    revised = {key for key in grown if "commits/" in key and grown[key].pop("revision") > 0}
-    assert {key.split("/")[-1] for key in revised} == {"0000000002.json", "0000000000.json"}
-    fresh = {key: dict(v) if isinstance(v, dict) else v for key, v in reference.items()}
-    for key in fresh:
-        if "commits/" in key:
-            del fresh[key]["revision"]
-    assert {k: v for k, v in grown.items() if k != "x"} == fresh
+    assert grown == reference
+    revisions = {shard: read_record(Store(tmp_path / "ds"), shard).revision for shard in range(6)}
+    assert revisions == {0: 0, 1: 0, 2: 1, 3: 0, 4: 0, 5: 0}
     assert np.array_equal(first.view("u2"), actlake.open(tmp_path / "ds")["layers.1.attn_z"][:256].view("u2"))
 
 
@@ -178,3 +185,59 @@ def test_totals_of_a_smaller_plan_do_not_hide_later_commits(write_job: Write, tm
     (tmp_path / "ds/root.json").write_bytes(stale)
     assert actlake.open(tmp_path / "ds").n_rows == 700
     assert ingest(read_job(write_job(max_rows=700)), engine="local").n_built == 0
+
+
+def test_workers_refuse_other_weights_than_were_planned(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = ingestion._work_order
+    monkeypatch.setattr(ingestion, "_work_order", lambda *a: replace(order(*a), fingerprint="0" * 64))
+    with pytest.raises(ModelAccessError, match=r"has weights .* the job was planned with 000000000000"):
+        ingest(read_job(write_job()), engine="local")
+    assert not (tmp_path / "ds/commits").exists()
+
+
+def test_a_corpus_that_was_removed_is_built_again(write_job: Write, tmp_path: Path, reference: dict[str, Any]) -> None:
+    ingest(read_job(write_job(max_rows=300)), engine="local")
+    shutil.rmtree(tmp_path / "corpora")
+    ingest(read_job(write_job()), engine="local")
+    assert contents(tmp_path / "ds") == reference
+
+
+def test_a_lost_commit_is_a_missing_shard_even_where_the_totals_count_it(write_job: Write, tmp_path: Path) -> None:
+    ingest(read_job(write_job()), engine="local")
+    (tmp_path / "ds" / commit_key(2)).unlink()
+    assert actlake.open(tmp_path / "ds").missing_shards == [2]
+    assert ingest(read_job(write_job()), engine="local").n_built == 1
+
+
+def test_a_run_on_another_file_system_leaves_the_same_objects(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    ingest(read_job(write_job(dataset='"memory://lake/run/ds"')), engine="local")
+    memory, found = Store("memory://lake/run/ds"), {}
+    for key in reference:
+        if "commits/" not in key:
+            found[key] = hashlib.sha256(memory.read(key)).hexdigest()
+    assert found == {key: value for key, value in reference.items() if "commits/" not in key}
+    assert actlake.open("memory://lake/run/ds").heldout.complete
+
+
+@pytest.mark.parametrize("dataset", ["gs://bucket", "s3://bucket/"])
+def test_a_whole_bucket_is_no_place_for_a_dataset(write_job: Write, dataset: str) -> None:
+    with pytest.raises(JobFileError, match="is a whole bucket; name a folder in it"):
+        ingest(read_job(write_job(dataset=f'"{dataset}"')), engine="local")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(write_job: Write, tmp_path: Path) -> None:
+    path = write_job()
+    path.write_text(path.read_text() + 'device = "cuda"\n')
+    with pytest.raises(JobFileError, match=r"run\.device = 'cuda', but torch finds no GPU here"):
+        ingest(read_job(path), engine="local")
+    assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_progress_counts_every_row(write_job: Write) -> None:
+    listener = Recorder()
+    ingest(read_job(write_job()), engine="local", listener=listener)
+    assert sum(event.n_rows for event in listener.events if isinstance(event, RowsCaptured)) == 875

@@ -13,7 +13,7 @@ from actlake.jobs.engines import ray_engine
 from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
-from actlake.storage.errors import ShardFailedError
+from actlake.storage.errors import BadInputError, ModelAccessError, ShardFailedError
 from actlake.storage.records import commit_key
 
 Write = Callable[..., Path]
@@ -28,6 +28,7 @@ def test_ray_makes_the_same_dataset_and_reports_rows(
     assert contents(tmp_path / "ds") == reference
     assert report.n_built == 8
     assert sum(isinstance(event, ShardCommitted) for event in listener.events) == 8
+    # What was captured between the last look and the end of a shard is not reported apart.
     assert sum(event.n_rows for event in listener.events if isinstance(event, RowsCaptured)) <= 875
 
 
@@ -75,3 +76,24 @@ def test_the_whole_run_is_killed_and_resumed(write_job: Write, tmp_path: Path, r
     assert run_until(job, "ray", (tmp_path / "ds" / commit_key(1)).exists) == -signal.SIGKILL
     ingest(read_job(job), engine="local")
     assert contents(tmp_path / "ds") == reference
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_that_cannot_start_ends_the_run_with_its_own_error(
+    write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unable(ray_engine.RayWorker):
+        def start(self) -> None:
+            raise ModelAccessError("planted: other weights here")
+
+    monkeypatch.setattr(ray_engine, "RayWorker", Unable)
+    with pytest.raises(ModelAccessError, match="planted: other weights"):
+        ingest(read_job(write_job()), engine="ray")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_without_room_is_refused_with_the_numbers(write_job: Write) -> None:
+    path = write_job()
+    path.write_text(path.read_text().replace("threads = 1", "threads = 64"))
+    with pytest.raises(BadInputError, match=r"wants 64 CPUs and 0 GPUs; the largest of 1 Ray nodes has 2 and 0"):
+        ingest(read_job(path), engine="ray")

@@ -74,7 +74,7 @@ def arrow(schema: pa.Schema) -> dict[str, str]:
         ("`keep`", names_of(KeepRule)),
         ("`hook_points[]`", names_of(PointSpec)),
         ("`codec`", names_of(Codec)),
-        ("`content`", [name for name in names_of(ShardRecord) if name != "provenance"]),
+        ("`content`", [name for name in names_of(ShardRecord) if name not in ("revision", "provenance")]),
         ("`objects.*`, `stats`", names_of(ObjectRecord)),
         ("`provenance`", names_of(Provenance)),
         ("`corpus.json: spec`", names_of(CorpusSpec)),

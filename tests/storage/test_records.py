@@ -32,11 +32,11 @@ def test_a_record_reads_its_own_bytes(make_record: Callable[..., ShardRecord]) -
     assert record.nbytes == sum(1005 + i for i in range(len(record.objects)))
 
 
-def test_content_and_provenance_are_apart(make_record: Callable[..., ShardRecord]) -> None:
+def test_content_and_history_are_apart(make_record: Callable[..., ShardRecord]) -> None:
     record = make_record(5)
-    other = replace(record, provenance=Provenance(attempt="another", host="elsewhere", forward_s=3.5))
+    other = replace(record, revision=3, provenance=Provenance(attempt="another", host="elsewhere", forward_s=3.5))
     value = json.loads(record.to_bytes())
-    assert set(value) == {"content", "provenance"}
+    assert set(value) == {"content", "revision", "provenance"}
     assert value["content"] == record.content == other.content
     assert json.loads(other.to_bytes())["provenance"] != value["provenance"]
     assert replace(record, n_void=9).content != record.content
