@@ -1,8 +1,8 @@
 """Corpora: tokenised sequences in a fixed order, built once per tokenizer and read by index.
 
 ``corpus.json`` is written last and makes the corpus visible. A larger ``max_tokens`` extends the same prefix: its last
-file is a longer one of another name that begins with the same sequences. The smaller corpus stays whole until the larger
-is, and a handle of the smaller reads on in the files of the larger.
+file is a longer one of another name that begins with the same sequences. The smaller corpus stays whole until the
+larger is, and a handle of the smaller then reads on in the files of the larger.
 """
 
 import io
@@ -55,7 +55,7 @@ __all__ = ["Corpus", "CorpusSpec", "RowIndex", "SplitInfo", "TokenSequence", "bu
 
 _FORMAT = "actlake corpus"
 _CACHED_GROUPS = 4
-_Decoded = TypeVar("_Decoded")
+_Read = TypeVar("_Read")
 
 
 class Corpus:
@@ -67,7 +67,7 @@ class Corpus:
         self.corpus_id: str = header["corpus_id"]
         self.complete: bool = header["complete"]
         self.splits = {name: SplitInfo(**value) for name, value in header["splits"].items()}
-        self.files = {key: ObjectRecord(**value) for key, value in header["files"].items()}
+        self.files: dict[str, ObjectRecord] = {key: ObjectRecord(**value) for key, value in header["files"].items()}
         self.source_files = [SourceFile(**value) for value in header["source_files"]]
         self._per_file: int = header["sequences_per_file"]
         self._per_group: int = header["sequences_per_row_group"]
@@ -142,9 +142,8 @@ class Corpus:
 
     def pieces(self) -> list[str]:
         """Return the vocabulary by token id as readable text."""
-        key = self._listed(VOCABULARY_STEM)
-        with reading(f"{self.store.url}/{key}"):
-            pieces: list[str] = self._file(key, VOCABULARY).read(["piece"])["piece"].to_pylist()
+        table = self._read_listed(VOCABULARY_STEM, lambda key: self._file(key, VOCABULARY).read(["piece"]))
+        pieces: list[str] = table["piece"].to_pylist()
         return pieces
 
     def verify(self) -> int:
@@ -174,41 +173,42 @@ class Corpus:
 
     def _group(self, split: str, group: int) -> list[TokenSequence]:
         if (split, group) not in self._groups:
-            self._groups[split, group] = self._read_group(split, group)
+            self._groups[split, group] = self._read_group(split, group, None, to_sequences)
             if len(self._groups) > _CACHED_GROUPS:
                 self._groups.popitem(last=False)
         self._groups.move_to_end((split, group))
         return self._groups[split, group]
 
-    def _read_group(self, split: str, group: int) -> list[TokenSequence]:
-        return self._decode(split, group, None, to_sequences)
-
     def _count(self, split: str, group: int, keep: KeepRule) -> npt.NDArray[np.int64]:
-        tokens, offsets = self._decode(split, group, ["sequence", "tokens"], lambda table: flat(table["tokens"]))
+        tokens, offsets = self._read_group(split, group, ["sequence", "tokens"], lambda table: flat(table["tokens"]))
         return count_rows(tokens, offsets.astype(np.int64), keep)
 
-    def _decode(
-        self, split: str, group: int, columns: Sequence[str] | None, decode: Callable[[pa.Table], _Decoded]
-    ) -> _Decoded:
-        stem = sequence_stem(split, group * self._per_group // self._per_file * self._per_file)
+    def _read_group(
+        self, split: str, group: int, columns: Sequence[str] | None, decode: Callable[[pa.Table], _Read]
+    ) -> _Read:
+        first = group * self._per_group
+        stem = sequence_stem(split, first // self._per_file * self._per_file)
+        return self._read_listed(stem, lambda key: decode(self._table(key, split, first, columns)))
+
+    def _read_listed(self, stem: str, read: Callable[[str], _Read]) -> _Read:
+        """Read from the listed file of that name; one that is gone is looked for in the present ``corpus.json``."""
         key = self._listed(stem)
         try:
             with reading(f"{self.store.url}/{key}"):
-                return decode(self._table(key, split, group, columns))
+                return read(key)
         except MissingObjectError:
-            self._follow()
-            longer = self._listed(stem)
-            if longer == key:
+            if not self._follow():
                 raise
-            with reading(f"{self.store.url}/{longer}"):
-                return decode(self._table(longer, split, group, columns))
+        return self._read_listed(stem, read)
 
-    def _follow(self) -> None:
-        """Take over the list of files of the present ``corpus.json``, which may be of a larger cut by now."""
+    def _follow(self) -> bool:
+        """Take over the files of a larger cut that has replaced this one; say whether they are others."""
         present = Corpus.open(self.store)
-        if present.corpus_id == self.corpus_id:
-            self.files = present.files
-            self._open_files.clear()
+        if present.corpus_id != self.corpus_id or present.files == self.files:
+            return False
+        self.files = present.files
+        self._open_files.clear()
+        return True
 
     def _listed(self, stem: str) -> str:
         for key in self.files:
@@ -216,10 +216,8 @@ class Corpus:
                 return key
         raise CorruptObjectError(f"{self.store.url}/corpus.json lists no {stem}*.parquet; {REBUILD}")
 
-    def _table(self, key: str, split: str, group: int, columns: Sequence[str] | None) -> pa.Table:
-        first = group * self._per_group
-        file = self._file(key, SEQUENCES)
-        table = file.read_row_group(first % self._per_file // self._per_group, columns=columns)
+    def _table(self, key: str, split: str, first: int, columns: Sequence[str] | None) -> pa.Table:
+        table = self._file(key, SEQUENCES).read_row_group(first % self._per_file // self._per_group, columns=columns)
         n_least = min(self._per_group, self.splits[split].n_sequences - first)
         numbers = table["sequence"].to_numpy()
         if len(numbers) < n_least or not np.array_equal(numbers, np.arange(first, first + len(numbers))):
@@ -256,7 +254,8 @@ def build_corpus(
 
     A corpus of the same definition that holds ``max_tokens`` already is opened as it is, even a larger one; a smaller
     one is extended. Until ``corpus.json`` is replaced, what was there before stays whole, and of several builds at once
-    the largest stays. ``storage_options`` are those of the sources. ``progress(documents, tokens)`` is called after each batch of documents.
+    the largest stays. ``storage_options`` are those of the sources. ``progress(documents, tokens)`` is called after
+    each batch of documents.
 
     Raises ``SourceError`` for unusable sources, or such that changed since the corpus was built;
     ``SpecMismatchError`` where another corpus lies; ``BadInputError`` for a tokenizer without the BOS asked for.
@@ -282,8 +281,7 @@ def build_corpus(
     }
     # Another build may have ended there since.
     _require_texts(_present(store, spec, source_files), corpus_id)
-    publish(store, header)
-    return Corpus.open(store)
+    return Corpus(store, publish(store, header))
 
 
 def _present(store: Store, spec: CorpusSpec, source_files: Sequence[SourceFile]) -> Corpus | None:

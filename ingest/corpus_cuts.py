@@ -23,17 +23,20 @@ def cut_key(corpus_id: str, n_sequences: int) -> str:
     return f"cuts/{corpus_id[:16]}-{n_sequences:010d}.json"
 
 
-def publish(store: Store, header: Mapping[str, Any]) -> None:
+def publish(store: Store, header: Mapping[str, Any]) -> Mapping[str, Any]:
     """Make a build visible whose objects are all stored, unless a larger one is there; drop what it replaces.
 
-    ``header`` is the content of ``corpus.json``. Only objects of smaller cuts are dropped, for others may be of a build
-    that is not finished. Raises ``CorruptObjectError`` for a damaged cut.
+    ``header`` is the content of ``corpus.json``. Returns what holds now, that or the larger one's: reading it again
+    might for a moment give what a smaller build that is overtaking has yet to put right. Only objects of smaller cuts
+    are dropped, for others may be of a build that is not finished. Raises ``CorruptObjectError`` for a damaged cut.
     """
     key = cut_key(header["corpus_id"], header["splits"]["train"]["n_sequences"])
     data = json.dumps(header, indent=1).encode()
     store.write(key, data)
     key, data = _settle(store, key, data)
-    _drop_smaller(store, key, _files(store, key, data))
+    largest = _parse(store, key, data)
+    _drop_smaller(store, key, largest["files"])
+    return largest
 
 
 def _settle(store: Store, key: str, data: bytes) -> tuple[str, bytes]:
@@ -58,7 +61,7 @@ def _largest(store: Store, key: str, data: bytes) -> tuple[str, bytes]:
 def _cuts(store: Store, key: str) -> list[str]:
     """Return the cuts of the same corpus as ``key``, smallest first."""
     matches = (_CUT.fullmatch(f"cuts/{name}") for name in store.names("cuts"))
-    return [match[0] for match in matches if match is not None and match[1] in key]
+    return [match[0] for match in matches if match is not None and key.startswith(f"cuts/{match[1]}-")]
 
 
 def _drop_smaller(store: Store, largest: str, kept: Mapping[str, Any]) -> None:
@@ -66,17 +69,17 @@ def _drop_smaller(store: Store, largest: str, kept: Mapping[str, Any]) -> None:
         data = _read(store, key) if key < largest else None
         if data is None:
             continue
-        for name in _files(store, key, data):
+        for name in _parse(store, key, data)["files"]:
             if name not in kept:
                 store.delete(name)
         # The list of what to drop goes last: whoever comes after a crash finds it.
         store.delete(key)
 
 
-def _files(store: Store, key: str, data: bytes) -> Mapping[str, Any]:
+def _parse(store: Store, key: str, data: bytes) -> Mapping[str, Any]:
     with reading(f"{store.url}/{key}", "delete it: a corpus is read without it"):
-        files: Mapping[str, Any] = json.loads(data)["files"]
-    return files
+        header: Mapping[str, Any] = json.loads(data)
+    return header
 
 
 def _read(store: Store, key: str) -> bytes | None:

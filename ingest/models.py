@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from actlake.ingest import gguf_model, model_files
 from actlake.ingest.extras import needs
+from actlake.ingest.gemma3 import GEMMA_3, Gemma3Size
 from actlake.ingest.hooks import Architecture, architecture, stream_width
 from actlake.storage.errors import BadInputError, ModelAccessError
 from actlake.storage.hookpoints import STREAMS
@@ -126,12 +127,16 @@ def _check_packaged_revision(revision: str | None) -> None:
 def model_shape(name: str, *, revision: str | None = None) -> ModelShape:
     """Return a model's sizes from its config alone; no weights are read, and none converted.
 
+    The published Gemma 3 models need neither network nor access for that.
+
     Raises ``ModelAccessError`` for a model that is absent, gated or of an unknown architecture.
     """
     if name == gguf_model.PACKAGED:
         _check_packaged_revision(revision)
         return _packaged_shape(gguf_model.PACKAGED_CONFIG)
     folder = model_files.local_folder(name, revision)
+    if folder is None and name in GEMMA_3:
+        return _published_shape(GEMMA_3[name])
     config = model_files.download_config(name, revision) if folder is None else folder / "config.json"
     if not config.is_file():
         raise ModelAccessError(f"model {name!r} lacks config.json in {config.parent}; give a model's folder")
@@ -147,6 +152,18 @@ def _packaged_shape(config: Mapping[str, Any]) -> ModelShape:
         d_ff=config["intermediate_size"],
         context_length=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
+    )
+
+
+def _published_shape(size: Gemma3Size) -> ModelShape:
+    return ModelShape(
+        architecture="Gemma3ForConditionalGeneration" if size.multimodal else "Gemma3ForCausalLM",
+        n_layers=size.n_layers,
+        d_model=size.d_model,
+        d_attn_z=size.n_heads * size.head_dim,
+        d_ff=size.d_ff,
+        context_length=size.context_length,
+        vocab_size=size.vocab_size,
     )
 
 

@@ -6,7 +6,7 @@ object store's PUT has the same effect. Keys are relative POSIX paths that canno
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -91,26 +91,19 @@ class Store:
                 return os.pread(file.fileno(), length, offset)
 
     def write(self, key: str, *parts: bytes | memoryview) -> None:
-        """Store the parts as one object, replacing any other under that key; it appears whole or not at all."""
+        """Store the parts as one object, replacing any other under that key; it appears whole or not at all.
+
+        Raises ``BadInputError`` where nothing may be written there.
+        """
         path = self.path(key)
-        if not self.local:
-            self.fs.pipe_file(path, b"".join(parts))
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+            if self.local:
+                _write_file(Path(path), parts)
+            else:
+                self.fs.pipe_file(path, b"".join(parts))
+        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            why = error.strerror or error
+            raise BadInputError(f"cannot write {self.url}/{key}: {why}; choose a place that may be written") from error
 
     def exists(self, key: str) -> bool:
         """Say whether there is an object or folder under ``key``."""
@@ -160,6 +153,8 @@ class Store:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             # A folder is no object, and what lies below an object is not there.
             raise NotFoundError(f"nothing stored at {self.url}/{key}") from error
+        except PermissionError as error:
+            raise BadInputError(f"cannot read {self.url}/{key}: {error.strerror or error}") from error
 
 
 def relative_url(target: Store, base: Store) -> str:
@@ -179,6 +174,23 @@ def resolve_url(url: str, base: Store) -> Store:
         return Store(url, base.options)
     root = os.path.normpath(f"/{base.root.lstrip('/')}/{url}")
     return Store(root if base.local else f"{base.protocol}://{root.lstrip('/')}", base.options)
+
+
+def _write_file(target: Path, parts: Iterable[bytes | memoryview]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -59,7 +59,7 @@ def _global(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     # Libraries' own chatter would tear the progress bars.
-    for name in ("transformers", "huggingface_hub", "fsspec"):
+    for name in ("transformers", "huggingface_hub.utils._http", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

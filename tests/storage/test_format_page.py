@@ -92,7 +92,7 @@ def test_fields_are_those_of_the_code(heading: str, names: list[str]) -> None:
         ("Manifest", SCHEMA),
         ("Statistics", pq.read_schema(pa.BufferReader(to_parquet({"x": Moments.empty(1)})))),
         ("`sequences/*.parquet`", corpus_files.SEQUENCES),
-        ("`vocab.parquet`", corpus_files.VOCABULARY),
+        ("`vocab-*.parquet`", corpus_files.VOCABULARY),
         ("`rows/*/*.parquet`", corpus_files.ROW_INDEX),
     ],
 )

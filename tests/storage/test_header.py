@@ -78,6 +78,64 @@ def test_as_many_rows_or_fewer_change_nothing(
     assert prepare(store, header(n_rows)) == header(150)
 
 
+@pytest.mark.parametrize("n_rows", [150, 100])
+@pytest.mark.parametrize("damage", [None, b"", b'{"zarr_format": 3}'])
+@pytest.mark.parametrize("key", ["zarr.json", "rows/zarr.json", "rows/role/zarr.json", "layers.0.resid_post/zarr.json"])
+def test_lost_or_damaged_metadata_are_written_again_and_nothing_else(
+    key: str, damage: bytes | None, n_rows: int, tmp_path: Path, watched: type[Any], header: Callable[..., Header]
+) -> None:
+    prepare(Store(tmp_path), header(150))
+    Store(tmp_path).write("root.json", b"{}")
+    before, path = files(tmp_path), tmp_path / "arrays" / key
+    path.unlink() if damage is None else path.write_bytes(damage)
+    store = watched(tmp_path)
+    assert prepare(store, header(n_rows)) == header(150)
+    assert store.changes == [f"write arrays/{key}"]
+    assert files(tmp_path) == before
+
+
+def test_whole_metadata_cost_one_read_each(tmp_path: Path, watched: type[Any], header: Callable[..., Header]) -> None:
+    prepare(Store(tmp_path), header())
+    store = watched(tmp_path)
+    prepare(store, header())
+    assert sorted(store.reads) == sorted(files(tmp_path))
+    assert store.listings == []
+
+
+def test_a_growth_broken_off_anywhere_and_then_given_up_leaves_the_stored_shapes(
+    tmp_path: Path, watched: type[Any], header: Callable[..., Header]
+) -> None:
+    prepare(Store(tmp_path / "whole"), header(100))
+    whole = files(tmp_path / "whole")
+    for fail_at in range(len(whole) + 1):  # Each of them, and the deletion of root.json.
+        folder = tmp_path / f"crash-{fail_at}"
+        prepare(Store(folder), header(100))
+        store = watched(folder)
+        store.fail_at = fail_at
+        with pytest.raises(OSError, match="on purpose"):
+            prepare(store, header(1000))
+        assert prepare(Store(folder), header(100)) == header(100)
+        assert files(folder) == whole
+
+
+def test_a_growth_that_ends_while_metadata_are_compared_stands(
+    tmp_path: Path, watched: type[Any], header: Callable[..., Header], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(Store(tmp_path), header(100))
+    store, read = watched(tmp_path), watched.read
+
+    def grown_after_the_header(self: Any, key: str) -> bytes:
+        if len(self.reads) == 1:
+            prepare(Store(tmp_path), header(1000))
+        return bytes(read(self, key))
+
+    monkeypatch.setattr(watched, "read", grown_after_the_header)
+    assert prepare(store, header(100)) == header(1000)
+    prepare(Store(tmp_path / "fresh"), header(1000))
+    assert files(tmp_path / "fresh").items() <= {k: v for k, v in files(tmp_path).items() if "fresh" not in k}.items()
+    assert store.changes == []
+
+
 @pytest.mark.parametrize("stored_rows", [None, 100])
 def test_a_crash_at_any_change_is_mended_by_running_again(
     stored_rows: int | None, tmp_path: Path, watched: type[Any], header: Callable[..., Header]

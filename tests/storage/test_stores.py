@@ -52,6 +52,14 @@ def test_names_are_sorted_and_direct(store: Store) -> None:
     assert store.names("nothing/there") == []
 
 
+def test_folders_are_told_from_objects(store: Store) -> None:
+    for key in ("v1.0/x", "b/x", "a.json"):
+        store.write(key, b"x")
+    assert store.folders() == ["b", "v1.0"]
+    assert store.folders("b") == []
+    assert store.folders("a.json") == []
+
+
 def test_delete_and_exists(store: Store) -> None:
     store.write("f/x", b"1")
     assert store.exists("f/x")
@@ -128,6 +136,52 @@ def test_an_unfinished_write_is_invisible_and_leaves_nothing(tmp_path: Path, mon
     assert seen == [["x"]]
     assert os.listdir(tmp_path / "f") == ["x"]
     assert store.read("f/x") == b"old"
+
+
+@pytest.mark.parametrize(
+    ("key", "call"),
+    [("file/x", "read"), ("file/x", "nbytes"), ("file/x", "read_range"), ("folder", "read"), ("folder", "read_range")],
+)
+def test_below_a_file_is_nothing_and_a_folder_is_no_object(tmp_path: Path, key: str, call: str) -> None:
+    store = Store(tmp_path)
+    store.write("file", b"1")
+    store.write("folder/x", b"1")
+    with pytest.raises(NotFoundError, match=f"nothing stored at {store.url}/{key}"):
+        getattr(store, call)(*((key, 0, 3) if call == "read_range" else (key,)))
+
+
+def test_below_a_file_nothing_is_listed_and_deleted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write("file", b"1")
+    assert store.names("file") == store.names("file/x") == []
+    assert not store.exists("file/x")
+    store.delete("file/x")
+    assert store.read("file") == b"1"
+
+
+@pytest.mark.parametrize("key", ["file/x", "file/x/y", "folder"])
+def test_what_cannot_be_written_is_named(tmp_path: Path, key: str) -> None:
+    store = Store(tmp_path)
+    store.write("file", b"1")
+    store.write("folder/x", b"1")
+    with pytest.raises(BadInputError, match=f"cannot write {store.url}/{key}: .+; choose a place"):
+        store.write(key, b"2")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "x"]
+
+
+def test_what_may_not_be_touched_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    if not store.local:
+        monkeypatch.setattr(store.fs, "cat_file", refused)
+        monkeypatch.setattr(store.fs, "pipe_file", refused)
+    with pytest.raises(BadInputError, match=f"cannot read {store.url}/x: Permission denied"):
+        store.read("x")
+    with pytest.raises(BadInputError, match=f"cannot write {store.url}/x: Permission denied"):
+        store.write("x", b"1")
 
 
 def test_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
