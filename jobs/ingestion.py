@@ -164,7 +164,7 @@ def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
     except NotFoundError:
         # Removed, so it is built anew; ``prepare`` refuses it unless it is the same.
         return
-    if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer)):
+    if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer), places=False):
         raise SpecMismatchError(
             f"{store.url} was made from another corpus:\n  " + "\n  ".join(lines) + "\nchoose another 'dataset' URL"
         )

@@ -6,7 +6,6 @@ from typing import Any
 
 from actlake.ingest.models import ModelRef, ModelShape
 from actlake.ingest.presets import expand_points
-
 from actlake.jobs.jobfile import Job, LayoutOptions
 from actlake.storage.codecs import Codec
 from actlake.storage.errors import JobFileError, nearest
