@@ -5,6 +5,7 @@ Ray Core rather than Ray Data: 1,750 shards/s against 19 (one shard a block). Th
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ except ImportError as error:
 
 #: Seconds between two looks at the rows captured so far.
 _POLL_S = 0.5
+
+#: Seconds that a cluster's head may take to accept a connection.
+_CONNECT_S = 10.0
 
 
 class RayWorker:
@@ -67,6 +71,8 @@ class _Slot:
 @contextmanager
 def cluster(address: str | None, n_cpus: int) -> Iterator[None]:
     """Connect to the cluster at ``address``, or run Ray on this machine for as long as the block lasts."""
+    if address is not None:
+        _require_reachable(address)
     if ray.is_initialized():
         yield
         return
@@ -83,6 +89,20 @@ def cluster(address: str | None, n_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    # Ray itself tries for minutes.
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise BadInputError(
+            f"no Ray cluster answers at {address} ({error}); 'ray start --head' starts one, without --address this "
+            "machine's own is used"
+        ) from error
 
 
 def run(

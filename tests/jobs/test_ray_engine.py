@@ -69,6 +69,12 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_built(
     assert actlake.open(tmp_path / "ds").missing_shards == [1]
 
 
+def test_a_cluster_that_does_not_answer_is_named_before_anything_is_made(write_job: Write, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"no Ray cluster answers at 127\.0\.0\.1:9 "):
+        ingest(read_job(write_job()), engine="ray", address="127.0.0.1:9")
+    assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
+
+
 @pytest.mark.slow
 def test_the_whole_run_is_killed_and_resumed(write_job: Write, tmp_path: Path, reference: dict[str, Any]) -> None:
     """SIGKILL of the driver takes its Ray with it; the next run, with a Ray of its own, finishes the dataset."""
