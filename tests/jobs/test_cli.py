@@ -10,6 +10,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,16 +289,20 @@ def test_the_command_line_starts_light(dataset: Path) -> None:
 
 def interrupt(command: list[str], moment: Path) -> tuple[int, str]:
     """Run a command, send it SIGINT as soon as the path is there; return its exit code and what it wrote to stderr."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not moment.exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    try:
-        # Half of the minute for which the busy worker below would hold up an orderly exit.
-        _, errors = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+    reset = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=reset
+    ) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not moment.exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        try:
+            # Half of the minute for which the busy worker below would hold up an orderly exit.
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     return process.returncode, errors
 
 
