@@ -68,7 +68,7 @@ def train(
     *,
     n_latents: int = 2048,
     k: int = 96,
-    steps: int = 100,
+    steps: int = 80,
     lr: float = 6e-3,
     on_step: Callable[[int, float], None] = lambda step, explained: None,
 ) -> TopKSAE:
@@ -120,7 +120,7 @@ def fit(
     point: str,
     *,
     seed: int = 0,
-    steps: int = 100,
+    steps: int = 80,
     on_step: Callable[[int, float], None],
 ) -> TopKSAE:
     """Train on one hook point of a dataset, standardised by its stored statistics, judged on held-out documents."""

@@ -5,7 +5,7 @@ Run again after any interruption: what is committed stays, what is missing is bu
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from actlake.ingest.corpus import Corpus, build_corpus
 from actlake.ingest.corpus_spec import CorpusSpec
+from actlake.ingest.extras import needs
 from actlake.ingest.models import (
     ModelRef,
     ModelShape,
@@ -130,13 +131,12 @@ def _check_engine(job: Job, engine: str, address: str | None, stack: ExitStack) 
     if engine == "ray":
         from actlake.jobs.engines import ray_engine
 
-        if address is not None:
-            stack.enter_context(ray_engine.cluster(address, n_cpus=0))
-    if address is None and _device(job).startswith("cuda"):
+        # On this machine Ray starts later, once there is something to build.
+        stack.enter_context(nullcontext() if address is None else ray_engine.cluster(address, n_cpus=0))
+    with needs("ingest", "building a dataset"):
         import torch
-
-        if not torch.cuda.is_available():
-            raise JobFileError(f"run.device = {job.run.device!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
+    if address is None and _device(job).startswith("cuda") and not torch.cuda.is_available():
+        raise JobFileError(f"run.device = {job.run.device!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
 
 
 def _check_context(job: Job, shape: ModelShape) -> None:

@@ -20,7 +20,8 @@ class TerminalListener(Listener):
         self._corpus: TaskID | None = None
         self._shards: TaskID | None = None
         self._plan: Plan | None = None
-        self._started = 0.0
+        self._planned_at = 0.0
+        self._first: tuple[float, int] | None = None
         self._n_rows = self._n_committed = self._n_failed = self._nbytes = 0
         self._rows_of_committed = 0
 
@@ -36,7 +37,7 @@ class TerminalListener(Listener):
     def planned(self, plan: Plan) -> None:
         if self._corpus is not None:
             self._progress.update(self._corpus, total=1, completed=1)
-        self._plan, self._started = plan, time.monotonic()
+        self._plan, self._planned_at = plan, time.monotonic()
         n_done = plan.n_shards - len(plan.missing)
         already = f", {n_done} of them committed before" if n_done else ""
         self._console.print(f"{plan.n_rows:,} rows in {plan.n_shards} shards{already}")
@@ -55,12 +56,16 @@ class TerminalListener(Listener):
         elif isinstance(event, ShardAbandoned):
             self._n_failed += 1
             self._console.print(f"{event.task} failed: {type(event.error).__name__}: {event.error}")
+        if self._first is None:
+            self._first = time.monotonic(), max(self._n_rows, self._rows_of_committed)
         if self._shards is not None:
             done = max(self._n_rows, self._rows_of_committed)
             self._progress.update(self._shards, completed=done, detail=self._detail())
 
     def _rate(self) -> float:
-        return max(self._n_rows, self._rows_of_committed) / max(1e-9, time.monotonic() - self._started)
+        # From the first report on: loading the model says nothing of the rows to come.
+        started, n_before = self._first or (self._planned_at, 0)
+        return (max(self._n_rows, self._rows_of_committed) - n_before) / max(1e-9, time.monotonic() - started)
 
     def _detail(self) -> str:
         assert self._plan is not None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import actlake
@@ -37,7 +37,9 @@ def ls(
         return
     if not entries:
         raise NotFoundError(f"no dataset and no corpus at {url} or {DEPTH} folders below")
-    table = Table("kind", "url", "model", "rows", "hook points", "stored", "complete")
+    # Folded, not cut: a URL is there to be copied.
+    url_column = Column("url", overflow="fold", ratio=1)
+    table = Table("kind", url_column, "model", "rows", "hook points", "stored", "complete")
     for entry in entries:
         if entry.note:
             table.add_row(entry.kind, entry.url, Text(entry.note, style="red"))
@@ -238,7 +240,22 @@ def verify_splits(dataset: str, *, repair: bool = False, quiet: bool = False) ->
         if repair and report.problems:
             for shard in checks.repair(part, report):
                 ERRORS.print(f"un-committed shard {shard}; 'actlake ingest' rebuilds it")
+    _verify_corpus(ds, quiet)
     return reports
+
+
+def _verify_corpus(ds: "ActivationDataset", quiet: bool) -> None:
+    # Raises for damage; a dataset is read without its corpus, so that one may be gone.
+    from actlake.ingest.corpus import Corpus
+    from actlake.storage.stores import resolve_url
+
+    try:
+        n_files = Corpus.open(resolve_url(ds.header.corpus, ds.store)).verify()
+        verdict = f"verify: the corpus is whole: {n_files} files"
+    except NotFoundError as error:
+        verdict = f"verify: the corpus was not checked: {error}"
+    if not quiet:
+        OUT.print(verdict)
 
 
 def _advance(progress: Progress, task: TaskID, nbytes: int) -> None:

@@ -67,6 +67,19 @@ def test_bad_input_is_one_message_and_exit_code_2(write_job: Write, tmp_path: Pa
     assert run("ingest", write_job(), "--engine", "spark").exit_code == 2
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_an_ingestion_without_torch_says_what_to_install(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    job = write_job()
+    job.write_text(f'{job.read_text()}device = "{device}"\n')
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = run("ingest", job, "--engine", "local")
+    assert result.exit_code == 2
+    assert "needs torch, which is absent; pip install 'actlake[ingest]'" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["job.toml"]
+
+
 def test_a_shard_that_cannot_be_built_gives_exit_code_1(write_job: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     from actlake.ingest.build import ShardBuilder
 
@@ -240,6 +253,7 @@ def test_verify_is_clean_then_names_the_damage_and_repairs(dataset: Path, write_
     assert clean.exit_code == 0
     assert "verify: train is whole: 3 shards" in clean.output
     assert "verify: heldout is whole" in clean.output
+    assert "verify: the corpus is whole: 3 files" in clean.output
     flip(dataset / "arrays/layers.1.attn_z/c/1/0")
     damaged = run("verify", dataset)
     assert damaged.exit_code == 2
