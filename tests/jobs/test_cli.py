@@ -1,6 +1,9 @@
 """The command line on a tiny model: what each command prints, and the exit codes."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import signal
@@ -377,3 +380,32 @@ def test_help_and_version() -> None:
         assert command in text
         assert run(command, "--help").exit_code == 0
     assert actlake.__version__ in run("--version").output
+
+
+# --- a terminal ---------------------------------------------------------------------------------------------------
+
+
+def in_terminal(*arguments: str | Path) -> tuple[int, str]:
+    """Run the command line in a pseudo-terminal; return its exit code and what the terminal received."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "140"}
+    command = [sys.executable, "-m", "actlake.jobs.cli", *map(str, arguments)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        received = bytearray()
+        # Linux answers EIO at the end of a terminal.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 65536):
+                received += part
+    os.close(ours)
+    return process.returncode, received.decode(errors="replace")
+
+
+def test_a_terminal_shows_bars_for_corpus_shards_and_verify(write_job: Write, tmp_path: Path) -> None:
+    code, shown = in_terminal("ingest", write_job(), "--engine", "local")
+    assert code == 0, shown
+    assert re.search(r"corpus.*60 documents", shown)
+    assert re.search(r"shards.*100%.*8/8 committed, .*rows/s", shown)
+    code, shown = in_terminal("verify", tmp_path / "ds")
+    assert code == 0, shown
+    assert re.search(r"verify.*100%.*train", shown)
