@@ -64,8 +64,11 @@ class TerminalListener(Listener):
 
     def _rate(self) -> float:
         # From the first report on: loading the model says nothing of the rows to come.
+        n_rows = max(self._n_rows, self._rows_of_committed)
         started, n_before = self._first or (self._planned_at, 0)
-        return (max(self._n_rows, self._rows_of_committed) - n_before) / max(1e-9, time.monotonic() - started)
+        if n_rows == n_before:
+            started, n_before = self._planned_at, 0
+        return (n_rows - n_before) / max(1e-9, time.monotonic() - started)
 
     def _detail(self) -> str:
         assert self._plan is not None
