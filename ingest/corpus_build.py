@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actlake.ingest.corpus_files import SEQUENCES, VOCABULARY, VOCABULARY_STEM, sequence_stem, write_by_content
-from actlake.ingest.corpus_spec import CorpusSpec, SplitInfo
 from actlake.ingest.tokenising import TokenisedDocuments, Tokenizer
+from actlake.storage.corpus_files import VOCABULARY, VOCABULARY_STEM, sequence_stem, sequences_schema, write_by_content
+from actlake.storage.corpus_spec import CorpusSpec, SplitInfo
 from actlake.storage.errors import BadInputError, SourceError
 from actlake.storage.records import ObjectRecord
 from actlake.storage.rowspace import ROLE_TEXT
@@ -116,7 +116,8 @@ def write_split(
             _table(documents, part.take(slice(start, start + SEQUENCES_PER_ROW_GROUP)), first + start, bos)
             for start in range(0, len(part), SEQUENCES_PER_ROW_GROUP)
         )
-        files |= write_by_content(store, sequence_stem(split, first), SEQUENCES, tables)
+        schema = sequences_schema(list(documents.metadata))
+        files |= write_by_content(store, sequence_stem(split, first), schema, tables)
     return files
 
 
@@ -152,7 +153,9 @@ def _table(documents: TokenisedDocuments, windows: Windows, first: int, bos: int
         "offset": windows.offset,
         "source": pa.array([documents.sources[i] for i in names]).dictionary_encode(),
     }
-    return pa.table(columns, schema=SEQUENCES)
+    for field, values in documents.metadata.items():
+        columns[field] = pa.array([values[i] for i in names], pa.string()).dictionary_encode()
+    return pa.table(columns, schema=sequences_schema(list(documents.metadata)))
 
 
 def split_info(documents: TokenisedDocuments, windows: Windows, bos: int | None) -> SplitInfo:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from actlake.ingest.corpus_files import reading
+from actlake.storage.corpus_files import reading
 from actlake.storage.errors import NotFoundError
 from actlake.storage.stores import Store
 

@@ -11,13 +11,14 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actlake.storage.errors import SourceError, nearest
+from actlake.storage.corpus_spec import SourceFile
+from actlake.storage.errors import SourceError, UnknownNameError, nearest
 from actlake.storage.stores import Store
 
 #: Parquet rows decoded at a time.
@@ -29,19 +30,23 @@ _ENDINGS = {".gz": "gzip", ".zst": "zstd"}
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One input text with a stable id; ``source`` is the source string that named it."""
+    """One input text with a stable id; ``source`` is the source string that named it.
+
+    ``metadata`` are the fields that were asked for, as text, None where the document lacks one.
+    """
 
     id: str
     text: str
     source: str
+    metadata: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.id:
             raise SourceError(f"a document of {self.source!r} has an empty id; give it one, or drop the id field")
         if not self.text:
             raise SourceError(f"document {self.id!r} of {self.source!r} is empty; remove it or give it text")
-        for what, value in (("id", self.id), ("text", self.text)):
-            if not _is_unicode(value):
+        for what, value in (("id", self.id), ("text", self.text), *self.metadata.items()):
+            if value is not None and not _is_unicode(value):
                 raise SourceError(
                     f"the {what} of document {self.id!r} of {self.source!r} holds half of a surrogate pair; "
                     "replace it by a whole character"
@@ -49,36 +54,45 @@ class Document:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceFile:
-    """One file of a source: its name below the source's fixed folder, and its size."""
-
-    source: str
-    name: str
-    nbytes: int
-
-    def __str__(self) -> str:
-        return f"{self.name} of {self.source!r}"
+class _Fields:
+    # What is read of a record: its text, and these fields. ``seen`` are all that records have, ``found`` those of the
+    # metadata that a document has.
+    text: str
+    metadata: tuple[str, ...]
+    seen: set[str] = field(default_factory=set)
+    found: set[str] = field(default_factory=set)
 
 
 def read_documents(
-    sources: Sequence[str], *, text_field: str = "text", storage_options: Mapping[str, Any] | None = None
+    sources: Sequence[str],
+    *,
+    text_field: str = "text",
+    metadata: Sequence[str] = (),
+    storage_options: Mapping[str, Any] | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of all sources, files in the order of their names.
 
     ``builtin:python-docs`` is one document a topic; ``.txt`` one a file; ``.jsonl`` (``.gz``, ``.zst``) one a line
     (id: the ``id`` field, else ``<file>:<line>``, lines from 1); ``.parquet`` one a row (``id`` column, else
-    ``<file>:<row>``, rows from 0). Every source is listed before the first is read.
+    ``<file>:<row>``, rows from 0). Every source is listed before the first is read. ``metadata`` are fields of JSON
+    lines and Parquet rows to keep: text as it is, any other value as its JSON text, null and absent fields as None.
 
     Raises ``SourceError`` for a source that is absent, unreadable, empty or malformed; it names the file and the line.
+    At the end ``UnknownNameError`` for a metadata field that no document has.
     """
+    wanted = _Fields(text=text_field, metadata=tuple(metadata))
     for source, files in [(source, _list(source, storage_options)) for source in sources]:
         n_documents = 0
         for file in files:
-            for document in _read(file, text_field, storage_options):
+            for document in _read(file, wanted, storage_options):
                 n_documents += 1
                 yield document
         if n_documents == 0:
             raise SourceError(f"source {source!r} holds no documents; add some or leave it out")
+    for name in wanted.metadata:
+        if name not in wanted.found:
+            others = wanted.seen - {name, text_field}
+            raise UnknownNameError(f"no document has the metadata field {name!r}{nearest(name, others)}")
 
 
 def describe_sources(sources: Sequence[str], *, storage_options: Mapping[str, Any] | None = None) -> list[SourceFile]:
@@ -152,28 +166,28 @@ def _split(source: str) -> tuple[str, str]:
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
-def _read(file: SourceFile, text_field: str, options: Mapping[str, Any] | None) -> Iterator[Document]:
+def _read(file: SourceFile, wanted: _Fields, options: Mapping[str, Any] | None) -> Iterator[Document]:
     if file.source.startswith(_BUILTIN):
         for name, text in _builtin(file.source).items():
-            yield Document(id=name, text=text, source=file.source)
+            yield Document(id=name, text=text, source=file.source, metadata=dict.fromkeys(wanted.metadata))
         return
     store = Store(_split(file.source)[0], options)
     reader = _reader(file)
     with _readable(str(file)), store.fs.open(store.path(file.name), "rb") as stream:
-        yield from reader(file, stream, text_field)
+        yield from reader(file, stream, wanted)
 
 
-def _read_txt(file: SourceFile, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+def _read_txt(file: SourceFile, stream: BinaryIO, wanted: _Fields) -> Iterator[Document]:
     data = stream.read()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise SourceError(f"{file}, line {line}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    yield Document(id=file.name, text=text, source=file.source)
+    yield Document(id=file.name, text=text, source=file.source, metadata=dict.fromkeys(wanted.metadata))
 
 
-def _read_jsonl(file: SourceFile, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+def _read_jsonl(file: SourceFile, stream: BinaryIO, wanted: _Fields) -> Iterator[Document]:
     codec = _ENDINGS.get(posixpath.splitext(file.name)[1])
     lines: Any = stream
     if codec is not None:
@@ -182,8 +196,8 @@ def _read_jsonl(file: SourceFile, stream: BinaryIO, text_field: str) -> Iterator
         if line.strip():
             where = f"{file}, line {number}"
             record = _parse(line, where)
-            text = _text(record, text_field, where)
-            yield Document(id=_id(record, f"{file.name}:{number}", where), text=text, source=file.source)
+            wanted.seen.update(record)
+            yield _document(record, file, number, wanted, where)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -198,21 +212,20 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(file: SourceFile, stream: BinaryIO, text_field: str) -> Iterator[Document]:
+def _read_parquet(file: SourceFile, stream: BinaryIO, wanted: _Fields) -> Iterator[Document]:
     parquet = pq.ParquetFile(stream)
     schema = parquet.schema_arrow
-    _require(schema.names, text_field, str(file))
-    columns = [name for name in (text_field, "id") if name in schema.names]
+    _require(schema.names, wanted.text, str(file))
+    wanted.seen.update(schema.names)
+    columns = [name for name in schema.names if name in (wanted.text, "id", *wanted.metadata)]
     number = 0
     for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
         for record in batch.to_pylist():
-            where = f"{file}, row {number}"
-            text = _text(record, text_field, where)
-            yield Document(id=_id(record, f"{file.name}:{number}", where), text=text, source=file.source)
+            yield _document(record, file, number, wanted, f"{file}, row {number}")
             number += 1
 
 
-_Reader = Callable[[SourceFile, BinaryIO, str], Iterator[Document]]
+_Reader = Callable[[SourceFile, BinaryIO, _Fields], Iterator[Document]]
 _READERS: Mapping[str, _Reader] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -227,6 +240,28 @@ def _reader(file: SourceFile) -> _Reader:
         if file.name.endswith(ending):
             return reader
     raise SourceError(f"{file}: no reader for such a file; narrow the pattern to one of {', '.join(_READERS)}")
+
+
+def _document(record: Mapping[str, Any], file: SourceFile, number: int, wanted: _Fields, where: str) -> Document:
+    metadata = {name: _label(record.get(name), name, where) for name in wanted.metadata}
+    wanted.found.update(name for name, value in metadata.items() if value is not None)
+    return Document(
+        id=_id(record, f"{file.name}:{number}", where),
+        text=_text(record, wanted.text, where),
+        source=file.source,
+        metadata=metadata,
+    )
+
+
+def _label(value: Any, name: str, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"{where}: the metadata field {name!r} holds {value!r}, which has no JSON text ({error}); make it text"
+        ) from error
 
 
 def _require(names: Sequence[str], text_field: str, where: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from actlake.ingest.sources import Document
 from actlake.storage.errors import SourceError
+from actlake.storage.rowspace import content_hash
 
 #: A batch of documents ends at either: enough work for the tokenizer's threads, little text in memory.
 _BATCH_DOCUMENTS = 1_000
@@ -23,6 +24,7 @@ TOKENISED = pa.schema(
         ("source", pa.string()),
         ("text_sha256", pa.binary(32)),
         ("tokens", pa.list_(pa.int32())),
+        ("metadata", pa.map_(pa.string(), pa.string())),
     ]
 )
 Progress = Callable[[int, int], None]
@@ -49,22 +51,29 @@ class Tokenizer(Protocol):
 class TokenisedDocuments:
     """All documents by ascending id (as UTF-8), their tokens end to end in ``tokens`` int32.
 
-    Document i holds ``tokens[first[i] : first[i] + n_tokens[i]]``; both int64 [n_documents].
+    Document i holds ``tokens[first[i] : first[i] + n_tokens[i]]``; both int64 [n_documents]. ``metadata`` has for each
+    field the documents' values.
     """
 
     ids: list[str]
     sources: list[str]
     text_sha256: list[bytes]
+    metadata: Mapping[str, list[str | None]]
     first: npt.NDArray[np.int64]
     n_tokens: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int32]
 
     @property
-    def text_digest(self) -> str:
-        """sha256 over, for each document by id: sha256 of its id, sha256 of its text."""
+    def digest(self) -> str:
+        """sha256 over, for each document by id: sha256 of its id, sha256 of its text.
+
+        Where metadata are kept, then that of their canonical JSON too.
+        """
         digest = hashlib.sha256()
-        for name, text in zip(self.ids, self.text_sha256, strict=True):
+        for i, (name, text) in enumerate(zip(self.ids, self.text_sha256, strict=True)):
             digest.update(hashlib.sha256(name.encode()).digest() + text)
+            if self.metadata:
+                digest.update(bytes.fromhex(content_hash({name: of[i] for name, of in self.metadata.items()})))
         return digest.hexdigest()
 
 
@@ -96,6 +105,7 @@ def tokenise_batch(documents: Sequence[Document], tokenizer: Tokenizer) -> pa.Ta
         "source": [document.source for document in documents],
         "text_sha256": [hashlib.sha256(document.text.encode()).digest() for document in documents],
         "tokens": token_ids,
+        "metadata": [list(document.metadata.items()) for document in documents],
     }
     return pa.table(columns, schema=TOKENISED)
 
@@ -132,6 +142,7 @@ def _collect(tables: Sequence[pa.Table]) -> TokenisedDocuments:
     ids = [name for table in tables for name in table["document"].to_pylist()]
     sources = [sys.intern(source) for table in tables for source in table["source"].to_pylist()]
     hashes = [digest for table in tables for digest in table["text_sha256"].to_pylist()]
+    metadata = [dict(pairs) for table in tables for pairs in table["metadata"].to_pylist()]
     lists = [chunk for table in tables for chunk in table["tokens"].chunks]
     n_tokens = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in lists]).astype(np.int64)
     first = np.cumsum(n_tokens) - n_tokens
@@ -140,7 +151,13 @@ def _collect(tables: Sequence[pa.Table]) -> TokenisedDocuments:
         ids=[ids[i] for i in by_id],
         sources=[sources[i] for i in by_id],
         text_sha256=[hashes[i] for i in by_id],
+        metadata={name: [_interned(metadata[i][name]) for i in by_id] for name in metadata[0]},
         first=first[by_id],
         n_tokens=n_tokens[by_id],
         tokens=np.concatenate([chunk.flatten().to_numpy() for chunk in lists]),
     )
+
+
+def _interned(label: str | None) -> str | None:
+    # Few labels on many documents.
+    return None if label is None else sys.intern(label)

@@ -13,9 +13,13 @@ import numpy.typing as npt
 
 from actlake.storage.errors import BadInputError
 
-#: Role codes of ``rows/role``; 255 marks a void row. Chats add their own codes below 255.
+#: Role codes of ``rows/role``: what kind of text a row's token is from.
 ROLE_TEXT = 0
 ROLE_VOID = 255
+
+#: All roles by name. ``template`` is what a chat template adds: marks of turns, and BOS before a chat; ``reasoning`` is
+#: what a model writes before its answer where that is marked.
+ROLES = {"text": ROLE_TEXT, "user": 1, "model": 2, "system": 3, "template": 4, "reasoning": 5, "void": ROLE_VOID}
 
 ORDERS = ("shuffled", "sequence")
 

@@ -1,6 +1,7 @@
 """The shard builder against a model whose activations are a formula: exact arrays, exact failures."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from fakes import FormulaModel, formula, make_corpus, make_spec, write_documents
 
 from actlake.ingest.batching import plan_batches
 from actlake.ingest.build import ShardBuilder
-from actlake.ingest.corpus import Corpus
 from actlake.storage.arrays import ShardIndex, decode_chunk
 from actlake.storage.codecs import Codec
+from actlake.storage.corpus import Corpus
 from actlake.storage.errors import DataError, SpecMismatchError
 from actlake.storage.header import Header, prepare
-from actlake.storage.moments import from_parquet
+from actlake.storage.moments import from_parquet, of_shard, to_parquet
 from actlake.storage.records import commit_key, read_record, stats_key
 from actlake.storage.spec import DatasetSpec
 from actlake.storage.stores import Store
@@ -168,6 +169,29 @@ def test_non_finite_activations_are_refused_by_name_before_anything_is_stored(tm
         builder.build(0)
     assert Store(tmp_path / "ds").names("stats") == []
     assert Store(tmp_path / "ds").names("arrays/layers.0.attn_z") == ["zarr.json"]
+
+
+def test_rows_that_are_not_finite_become_void_where_that_is_asked_for(tmp_path: Path, corpus: Corpus) -> None:
+    builder = make_builder(tmp_path / "ds", corpus)
+    builder.void_nonfinite = True
+    token = next(kept_tokens(corpus, builder.header.spec))[0]
+    builder.forward.nan_at = token  # type: ignore[attr-defined]
+    record = builder.build(0)
+    clean = make_builder(tmp_path / "clean", corpus)
+    clean.build(0)
+    found, expected = (read_shard(Store(tmp_path / name), builder.header.spec, 0) for name in ("ds", "clean"))
+    bad = expected["rows/token_id"] == token
+    assert record.n_void == bad.sum() > 0
+    assert np.array_equal(found["rows/role"], np.where(bad, 255, expected["rows/role"]))
+    for name in ("rows/token_id", "rows/position", "rows/sequence"):
+        assert np.array_equal(found[name], expected[name])
+    moments = from_parquet(Store(tmp_path / "ds").read(stats_key(0)))
+    for point in builder.header.spec.point_names:
+        assert not found[point][bad].any()
+        assert np.array_equal(found[point][~bad].view("u2"), expected[point][~bad].view("u2"))
+        assert (moments[point].count, moments[point].n_nonfinite) == (64 - bad.sum(), bad.sum())
+        wanted = of_shard(expected[point][~bad], numbers=np.flatnonzero(~bad))
+        assert to_parquet({"x": replace(moments[point], n_nonfinite=0)}) == to_parquet({"x": wanted})
 
 
 def test_the_commit_is_the_last_object_written(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

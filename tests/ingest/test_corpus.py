@@ -17,11 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from actlake.ingest import corpus_build
-from actlake.ingest.corpus import Corpus, CorpusSpec, TokenSequence, build_corpus
+from actlake.ingest.corpus import build_corpus
 from actlake.ingest.corpus_build import order_key, split_of
 from actlake.ingest.corpus_cuts import cut_key
 from actlake.ingest.sources import Document
 from actlake.ingest.tokenising import batches
+from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_spec import CorpusSpec, TokenSequence
 from actlake.storage.errors import (
     BadInputError,
     CorruptObjectError,
@@ -31,7 +33,7 @@ from actlake.storage.errors import (
     SourceError,
     SpecMismatchError,
 )
-from actlake.storage.rowspace import KeepRule
+from actlake.storage.rowspace import KeepRule, content_hash
 from actlake.storage.stores import Store
 
 BOS = 2
@@ -298,6 +300,91 @@ def test_an_extension_broken_off_anywhere_leaves_the_smaller_corpus_readable(
         corpus = Corpus.open(Store(f"c{n_writes}"))
         assert _plain(_all(corpus, "train")) == small
         assert corpus.row_index("train", KeepRule()).n_sequences == len(small)
+
+
+# --- Metadata -----------------------------------------------------------------------------------------------------
+
+
+def _write_labelled(folder: Path, label: Callable[[int], str | None], n_files: int = 2) -> None:
+    folder.mkdir(exist_ok=True)
+    for file in range(n_files):
+        lines = [
+            json.dumps({"id": f"d{i}", "text": _text(i), "kind": label(i), "n": i % 3})
+            for i in range(file, N_DOCUMENTS, n_files)
+        ]
+        (folder / f"{file}.jsonl").write_text("\n".join(lines))
+
+
+def _kind(i: int) -> str | None:
+    return None if i % 4 == 0 else f"kind-{i % 4}"
+
+
+def test_metadata_travel_with_every_window_of_their_document(work: Path) -> None:
+    _write_labelled(work / "labelled", _kind)
+    corpus = _build("c", sources=("labelled/*.jsonl",), metadata=("n", "kind"))
+    for split in corpus.splits:
+        sequences = _all(corpus, split)
+        # The same sequences as without, with labels.
+        assert [s[:-1] for s in _plain(sequences)] == [s[:-1] for s in _expected(split, 8, [BOS])]
+        for sequence in sequences:
+            i = int(sequence.document[1:])
+            assert dict(sequence.metadata) == {"kind": _kind(i), "n": str(i % 3)}
+    schema = pq.read_schema(next((work / "c/sequences").iterdir()))
+    assert schema.names[-3:] == ["source", "kind", "n"]
+    assert {schema.field(name).type for name in schema.names[-3:]} == {schema.field("source").type}
+    assert _plain(corpus.sequences("train", 3, 5)) == _plain(_all(corpus, "train")[3:5])
+
+
+def test_without_metadata_nothing_changes(work: Path) -> None:
+    _write_labelled(work / "in", _kind, n_files=3)
+    corpus = _build("c")
+    value = json.loads((work / "c/corpus.json").read_bytes())
+    assert value["format_version"] == 1
+    assert "metadata" not in value["spec"]
+    assert corpus.spec.metadata == ()
+    assert {dict(s.metadata) == {} for s in _all(corpus, "train")} == {True}
+    # What an actlake without metadata gave these texts.
+    assert corpus.corpus_id == "432fb35185cca876c2974718026ca9431432bd32ed787f2a9117e96bed2c3e8a"
+    assert corpus.spec.definition_id == "b4d44ac526ebc30a"
+
+
+def test_metadata_are_part_of_the_identity_and_the_version(work: Path) -> None:
+    _write_labelled(work / "labelled", _kind)
+    sources = ("labelled/*.jsonl",)
+    plain, kinds = _build("plain", sources=sources), _build("kinds", sources=sources, metadata=["kind"])
+    assert json.loads((work / "kinds/corpus.json").read_bytes())["format_version"] == 2
+    assert plain.corpus_id != kinds.corpus_id
+    assert _build("twice", sources=sources, metadata=("n", "kind")).spec == _spec(
+        sources=sources, metadata=("kind", "n")
+    )
+    # The same fields with other values.
+    _write_labelled(work / "labelled", lambda i: _kind(i + 1))
+    assert _build("plain-2", sources=sources).corpus_id == plain.corpus_id
+    assert _build("kinds-2", sources=sources, metadata=("kind",)).corpus_id != kinds.corpus_id
+    # By the words of the format alone.
+    digest = hashlib.sha256()
+    for i in sorted(range(N_DOCUMENTS), key=lambda i: f"d{i}"):
+        label = json.dumps({"kind": _kind(i)}, separators=(",", ":"))
+        for part in (f"d{i}", _text(i), label):
+            digest.update(hashlib.sha256(part.encode()).digest())
+    assert kinds.corpus_id == content_hash(kinds.spec.rules | {"documents": digest.hexdigest()})
+
+
+def test_a_labelled_corpus_grows_and_survives_another_cut_of_its_files(work: Path) -> None:
+    _write_labelled(work / "labelled", _kind)
+    options: dict[str, Any] = {"sources": ("labelled/*.jsonl",), "metadata": ("kind",)}
+    _build("grown", **options, max_tokens=100)
+    _build("grown", **options)
+    _build("whole", **options)
+    assert _files(work / "grown") == _files(work / "whole")
+    sequences = {key: data for key, data in _files(work / "whole").items() if key.startswith("sequences")}
+    (work / "labelled/1.jsonl").unlink()
+    _write_labelled(work / "labelled", _kind, n_files=1)
+    _build("again", **options)
+    again = {key: data for key, data in _files(work / "again").items() if key.startswith("sequences")}
+    assert again == sequences
+    with pytest.raises(SpecMismatchError, match=r"metadata: \['kind'\] there, None asked"):
+        _build("whole", sources=options["sources"])
 
 
 # --- Several builds at once ---------------------------------------------------------------------------------------
@@ -630,7 +717,7 @@ def test_flipped_bits_never_give_other_tokens_or_rows(work: Path) -> None:
     [
         (lambda text: text[:50], CorruptObjectError, r"corpus\.json is damaged"),
         (lambda text: text.replace('"seed": 0', '"seed": -1'), CorruptObjectError, "seed = -1 is out of range"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), FormatVersionError, "pip install -U"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 3'), FormatVersionError, "pip install -U"),
         (lambda text: text.replace("actlake corpus", "actlake dataset"), CorruptObjectError, "not a corpus"),
     ],
 )
@@ -667,6 +754,11 @@ def test_places_that_are_not_there(work: Path) -> None:
         ({"seed": -1}, "seed = -1 is out of range"),
         ({"max_tokens": 0}, "max_tokens = 0 keeps nothing"),
         ({"tokenizer": ""}, "fingerprint"),
+        ({"metadata": "kind"}, r"metadata = 'kind'; give a list of fields"),
+        ({"metadata": ("kind", "")}, "give a list of fields"),
+        ({"metadata": ("kind", "kind")}, "names one twice"),
+        ({"metadata": ("kind", "source", "role")}, "'source', 'role' is the name of something else"),
+        ({"metadata": ("text",)}, "'text' is the name of something else"),
     ],
 )
 def test_a_spec_is_checked(changes: dict[str, Any], match: str) -> None:
@@ -676,7 +768,10 @@ def test_a_spec_is_checked(changes: dict[str, Any], match: str) -> None:
 
 def test_a_definition_is_everything_but_the_limit() -> None:
     assert _spec(max_tokens=5).definition_id == _spec().definition_id
-    for changes in ({"seed": 1}, {"holdout": 0.1}, {"tokenizer": "x"}, {"text_field": "x"}, {"sources": ("x.txt",)}):
+    for changes in (
+        *({"seed": 1}, {"holdout": 0.1}, {"tokenizer": "x"}, {"text_field": "x"}, {"sources": ("x.txt",)}),
+        {"metadata": ("x",)},
+    ):
         assert _spec(**changes).definition_id != _spec().definition_id
     assert CorpusSpec.from_json(json.loads(json.dumps(_spec(max_tokens=5).to_json()))) == _spec(max_tokens=5)
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actlake.ingest.sources import Document, SourceFile, describe_sources, read_documents
-from actlake.storage.errors import SourceError
+from actlake.ingest.sources import Document, describe_sources, read_documents
+from actlake.storage.corpus_spec import SourceFile
+from actlake.storage.errors import SourceError, UnknownNameError
 
 
 def _pairs(*sources: str) -> list[tuple[str, str]]:
@@ -94,6 +95,55 @@ def test_any_file_system_and_listing(tmp_path: Path) -> None:
         SourceFile(source="memory://sources-test/x/*", name="a.jsonl", nbytes=14),
         SourceFile(source="memory://sources-test/x/*", name="b.txt", nbytes=2),
     ]
+
+
+def test_metadata_are_text_as_it_is_and_other_values_as_json(tmp_path: Path) -> None:
+    records = [
+        {"text": "A", "label": "caf\u00e9", "n": 3, "deep": {"b": [1.5, None], "a": "\u00e9"}, "other": 1},
+        {"text": "B", "label": None, "n": True},
+        {"text": "C", "label": "", "n": 0.5},
+    ]
+    expected = [
+        {"label": "caf\u00e9", "n": "3", "deep": '{"a": "\u00e9", "b": [1.5, null]}'},
+        {"label": None, "n": "true", "deep": None},
+        {"label": "", "n": "0.5", "deep": None},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(_jsonl(records))
+    found = read_documents([f"{tmp_path}/a.jsonl"], metadata=["label", "n", "deep"])
+    assert [dict(document.metadata) for document in found] == expected
+    columns = {"text": ["A", "B"], "label": ["x", None], "n": [1, None], "tags": [["u", "v"], None]}
+    pq.write_table(pa.table(columns), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("C")
+    found = read_documents([f"{tmp_path}/b.parquet", f"{tmp_path}/c.txt"], metadata=["label", "n", "tags"])
+    assert [tuple(document.metadata.values()) for document in found] == [
+        ("x", "1", '["u", "v"]'), (None, None, None), (None, None, None),
+    ]  # fmt: skip
+
+
+def test_metadata_that_no_document_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_jsonl([{"text": "A", "category": "x", "empty": None}]))
+    pq.write_table(pa.table({"text": ["A"], "lang": ["en"]}), tmp_path / "b.parquet")
+    sources = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.parquet"]
+    assert len(list(read_documents(sources, metadata=["lang", "category"]))) == 2
+    for name, match in (
+        ("categori", "no document has the metadata field 'categori'; did you mean 'category'"),
+        ("empty", "no document has the metadata field 'empty'; valid names: category, lang"),
+        ("zzz", "valid names: category, empty, lang"),
+    ):
+        with pytest.raises(UnknownNameError, match=match):
+            list(read_documents(sources, metadata=["lang", name]))
+
+
+def test_metadata_without_a_json_text_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["A"], "score": [float("nan")], "raw": [b"x"]}), tmp_path / "a.parquet")
+    for name in ("score", "raw"):
+        with pytest.raises(
+            SourceError, match=rf"a\.parquet of .*, row 0: the metadata field '{name}' holds .* no JSON text"
+        ):
+            list(read_documents([f"{tmp_path}/a.parquet"], metadata=[name]))
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": "s", "text": "A", "label": "\\ud800"}\n')
+    with pytest.raises(SourceError, match=r"the label of document 's' .* half of a surrogate pair"):
+        list(read_documents([f"{tmp_path}/a.jsonl"], metadata=["label"]))
 
 
 def _raises(match: str, *sources: str, text_field: str = "text") -> None:
