@@ -80,13 +80,13 @@ def prepare(store: Store, header: Header) -> Header:
             return _restored(store, stored)
         # The totals of the smaller dataset must not outlive it.
         store.delete("root.json")
-    for key, data in _zarr_metadata(header).items():
+    for key, data in zarr_metadata(header).items():
         store.write(key, data)
     store.write("spec.json", header.to_bytes())
     return header
 
 
-def _zarr_metadata(header: Header) -> dict[str, bytes]:
+def zarr_metadata(header: Header) -> dict[str, bytes]:
     """Return every ``zarr.json`` by key: the arrays first, the groups that lead to them last."""
     arrays = {f"arrays/{a.name}/zarr.json": _json(a.zarr_json(header.n_rows)) for a in header.spec.arrays().values()}
     return arrays | {"arrays/rows/zarr.json": _json(_GROUP), "arrays/zarr.json": _json(_GROUP)}
@@ -94,7 +94,7 @@ def _zarr_metadata(header: Header) -> dict[str, bytes]:
 
 def _restored(store: Store, stored: Header) -> Header:
     """Write again what differs from the stored header: one read for each array and group."""
-    expected = _zarr_metadata(stored)
+    expected = zarr_metadata(stored)
     differing = [key for key, data in expected.items() if _found(store, key) != data]
     # A growth by another driver may have ended since the header was read; its shapes are then the right ones.
     if differing and (now := Header.read(store)).n_rows != stored.n_rows:

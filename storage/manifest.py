@@ -1,84 +1,78 @@
 """All committed records as Arrow columns: the only answer to "what is in this dataset".
 
 Full groups of 1,024 commits are compacted into ``manifest/<group>.parquet``, of determined name and bytes, so that any
-driver may write it. ``root.json``, written when a run is complete, lists them: such a dataset opens without listing.
+driver may write it. ``root.json``, written when a run is complete, lists them and an index of their columns: such a
+dataset opens without listing, and in a second where it has a million shards.
 """
 
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from actlake.storage.errors import CorruptObjectError, NotFoundError, UncommittedShardError
-from actlake.storage.records import (
-    GROUP_SHARDS,
-    ObjectRecord,
-    Provenance,
-    ShardRecord,
-    commit_folder,
-    commit_key,
-    read_record,
+from actlake.storage.errors import CorruptObjectError, DataError, NotFoundError, UncommittedShardError
+from actlake.storage.html import table_html
+from actlake.storage.manifest_files import (
+    ALL_GROUPS,
+    INDEX_GROUPS,
+    REMEDY,
+    SCHEMA,
+    GroupFile,
+    IndexFile,
+    Part,
+    Rows,
+    group_bytes,
+    group_key,
+    index_bytes,
+    index_key,
+    index_keys,
+    sum_sizes,
+    to_records,
+    to_table,
 )
+from actlake.storage.records import GROUP_SHARDS, ShardRecord, commit_folder, commit_key, read_record
+from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
 
-_OBJECT = pa.struct(
-    [("array", pa.string()), ("nbytes", pa.int64()), ("crc32c", pa.uint32()), ("index_crc32c", pa.uint32())]
-)
+__all__ = ["SCHEMA", "Manifest", "compact", "group_key", "read_root", "uncommit", "write_root"]
 
-_REMEDY = "delete root.json and manifest/; 'actlake ingest' with the job file writes both again from the commits"
+I64 = npt.NDArray[np.int64]
 
-#: One row per committed shard, ascending.
-SCHEMA = pa.schema(
-    [
-        ("shard", pa.int64()),
-        ("revision", pa.int32()),
-        ("first_row", pa.int64()),
-        ("n_rows", pa.int64()),
-        ("n_void", pa.int64()),
-        ("nbytes", pa.int64()),
-        ("dataset_id", pa.string()),
-        ("objects", pa.list_(_OBJECT)),
-        ("stats_nbytes", pa.int64()),
-        ("stats_crc32c", pa.uint32()),
-        ("attempt", pa.string()),
-        ("host", pa.string()),
-        ("device", pa.string()),
-        ("software", pa.string()),
-        ("started", pa.string()),
-        ("finished", pa.string()),
-        ("n_tokens", pa.int64()),
-        ("forward_s", pa.float64()),
-        ("encode_s", pa.float64()),
-        ("write_s", pa.float64()),
-    ]
-)
-
-
-def group_key(group: int) -> str:
-    """Return the key of a compacted group."""
-    return f"manifest/{group:08d}.parquet"
+#: What opening reads of every shard: 32 bytes.
+_CORE = ("shard", "n_rows", "n_void", "nbytes")
 
 
 class Manifest:
-    """The committed shards at one moment, immutable."""
+    """The committed shards at one moment, immutable and thread-safe; other columns are read when they are asked for.
 
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
+    Where the dataset was changed since that moment, what is read late may be gone: ``DataError``.
+    """
+
+    def __init__(self, parts: Sequence[Part], totals: Mapping[str, int] | None = None) -> None:
+        self._parts, self._totals = parts, totals
+        # Read at once: it finds out whether everything that is listed is still there.
+        tables = [part.read(_CORE) for part in parts]
+        self._ends: I64 = np.cumsum([len(table) for table in tables], dtype=np.int64)
+        core = _concatenate(tables, _CORE)
+        self._known: dict[str, pa.ChunkedArray] = dict(zip(_CORE, core.columns, strict=True))
+        self._shard = _numbers_of(core["shard"])
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return len(self._shard)
 
     @classmethod
     def of(cls, records: Iterable[ShardRecord]) -> Self:
         """Build from records in any order."""
-        rows = [_to_row(record) for record in sorted(records, key=lambda record: record.shard)]
-        return cls(pa.Table.from_pylist(rows, schema=SCHEMA))
+        return cls(_in_memory(sorted(records, key=lambda record: record.shard)))
 
     @classmethod
     def load(cls, store: Store, n_rows: int | None = None) -> Self:
@@ -87,10 +81,10 @@ class Manifest:
         if root is not None and n_rows is not None and root["n_rows"] != n_rows:
             # Left by a run that planned fewer rows and ended after another had planned more.
             root = None
-        if root is not None:
-            loose = (shard for shard in range(root["n_shards"]) if shard // GROUP_SHARDS not in root["groups"])
+        # One listing: of the last group, the only one that is not compacted.
+        if root is not None and not _short_groups(store, root):
             try:
-                return cls._gather(store, root["groups"], (read_record(store, shard) for shard in loose))
+                return cls(_finished_parts(store, root), root.get("nbytes_by_array"))
             except NotFoundError:
                 pass  # A commit that the totals count is gone, as after a repair: what is there is the answer.
         return cls.load_listed(store)
@@ -99,56 +93,123 @@ class Manifest:
     def load_listed(cls, store: Store) -> Self:
         """Read what is there by listing it, whatever ``root.json`` says."""
         groups = _groups(store)
-        return cls._gather(store, groups, _listed_records(store, set(groups)))
+        parts: list[GroupFile | Rows] = [GroupFile(store, group) for group in groups]
+        parts += _in_memory(_listed_records(store, set(groups)))
+        parts.sort(key=lambda part: part.group)
+        return cls(parts)
 
-    @classmethod
-    def _gather(cls, store: Store, groups: Iterable[int], records: Iterable[ShardRecord]) -> Self:
-        tables = [_read_group(store, group) for group in groups]
-        return cls(pa.concat_tables([*tables, Manifest.of(records).table]).sort_by("shard").combine_chunks())
+    # --- columns ---
+
+    @property
+    def table(self) -> pa.Table:
+        """Every column of every shard; ``objects`` takes 40 bytes of memory an object, so prefer ``columns``."""
+        return self.columns(*SCHEMA.names)
+
+    def columns(self, *names: str) -> pa.Table:
+        """Return some columns of ``SCHEMA``, one row a shard, ascending."""
+        if missing := [name for name in names if name not in self._known]:
+            with _unchanged():
+                read = _concatenate(list(self._read(missing)), missing)
+            self._known.update(zip(missing, read.columns, strict=True))
+        return pa.table([self._known[name] for name in names], schema=_schema(names))
+
+    def sizes(self, *arrays: str) -> pa.Table:
+        """Return ``shard``, and the stored bytes of some arrays, one row a shard; null where one has no such object."""
+        with _unchanged():
+            tables = [part.sizes(arrays) for part in self._parts]
+        found = pa.concat_tables(tables or [pa.schema([(name, pa.int64()) for name in arrays]).empty_table()])
+        return found.add_column(0, "shard", self._known["shard"])
+
+    def tables(self, groups: range = ALL_GROUPS) -> Iterator[pa.Table]:
+        """Yield every column, a table for each group of 1,024 shards: all at once may not fit into memory."""
+        with _unchanged():
+            for part in self._parts:
+                yield from part.tables(groups)
 
     @cached_property
     def shards(self) -> list[int]:
         """Numbers of the committed shards, ascending."""
-        return list(self.table["shard"].to_pylist())
+        numbers: list[int] = self._shard.tolist()
+        return numbers
 
     @cached_property
     def n_rows(self) -> int:
         """Committed rows, voids included."""
-        return int(pc.sum(self.table["n_rows"]).as_py() or 0)
+        return int(pc.sum(self._known["n_rows"]).as_py() or 0)
 
     @cached_property
     def nbytes(self) -> int:
         """Stored bytes of all arrays."""
-        return int(pc.sum(self.table["nbytes"]).as_py() or 0)
-
-    @cached_property
-    def _place(self) -> dict[int, int]:
-        return {shard: place for place, shard in enumerate(self.shards)}
-
-    def record(self, shard: int) -> ShardRecord:
-        """Return the record of one shard; raise ``UncommittedShardError`` where it has none."""
-        place = self._place.get(shard)
-        if place is None:
-            raise UncommittedShardError(
-                f"shard {shard} is not committed; 'actlake ingest' with the dataset's job file builds what is missing"
-            )
-        return _from_row(self.table.slice(place, 1).to_pylist()[0])
-
-    def records(self) -> Iterator[ShardRecord]:
-        """Yield every record, ascending."""
-        for batch in self.table.to_batches(max_chunksize=256):
-            yield from map(_from_row, batch.to_pylist())
+        return int(pc.sum(self._known["nbytes"]).as_py() or 0)
 
     def n_rows_by_shard(self) -> dict[int, int]:
         """Return the committed number of rows of each shard, whatever dataset its record names."""
-        return dict(zip(self.shards, self.table["n_rows"].to_pylist(), strict=True))
+        return dict(zip(self.shards, self._known["n_rows"].to_pylist(), strict=True))
+
+    def missing(self, space: RowSpace) -> list[int]:
+        """Return the shards of a row space that are not committed, or with fewer rows than it plans; ascending."""
+        n_rows = np.zeros(space.n_shards, dtype=np.int64)
+        inside = self._shard < space.n_shards
+        n_rows[self._shard[inside]] = _numbers_of(self._known["n_rows"])[inside]
+        planned = np.minimum(space.n_rows - np.arange(space.n_shards) * space.rows_per_shard, space.rows_per_shard)
+        found: list[int] = np.flatnonzero(n_rows < planned).tolist()
+        return found
 
     def nbytes_by_array(self) -> dict[str, int]:
         """Return the stored bytes of each array."""
-        objects = self.table["objects"].combine_chunks().flatten()
-        flat = pa.table({"array": objects.field("array"), "nbytes": objects.field("nbytes")})
-        summed = flat.group_by("array", use_threads=False).aggregate([("nbytes", "sum")])
-        return dict(zip(summed["array"].to_pylist(), summed["nbytes_sum"].to_pylist(), strict=True))
+        if self._totals is not None:
+            return dict(self._totals)
+        found: Counter[str] = Counter()
+        for table in self.tables():
+            found.update(sum_sizes(table))
+        return dict(found)
+
+    def _repr_html_(self) -> str:
+        by_array = sorted(self.nbytes_by_array().items(), key=lambda item: -item[1])
+        rows = {
+            "shards": f"{len(self):,}",
+            "rows": f"{self.n_rows:,}",
+            "stored": f"{self.nbytes / 1e9:,.3f} GB in {len(by_array)} arrays; the largest:",
+        }
+        return table_html("Manifest", rows | {name: f"{nbytes / 1e9:,.3f} GB" for name, nbytes in by_array[:8]})
+
+    # --- records ---
+
+    def record(self, shard: int) -> ShardRecord:
+        """Return the record of one shard; raise ``UncommittedShardError`` where it has none."""
+        place = int(np.searchsorted(self._shard, shard))
+        if place == len(self) or self._shard[place] != shard:
+            raise UncommittedShardError(
+                f"shard {shard} is not committed; 'actlake ingest' with the dataset's job file builds what is missing"
+            )
+        part = self._parts[int(np.searchsorted(self._ends, place, side="right"))]
+        try:
+            return part.record(shard)
+        except NotFoundError as error:
+            raise UncommittedShardError(
+                f"shard {shard} has lost its commit record since the dataset was opened; "
+                "'actlake ingest' with the dataset's job file builds what is missing"
+            ) from error
+
+    def records(self) -> Iterator[ShardRecord]:
+        """Yield every record, ascending."""
+        for table in self.tables():
+            yield from to_records(table)
+
+    # --- reading ---
+
+    def _read(self, names: Sequence[str]) -> Iterator[pa.Table]:
+        for part in self._parts:
+            if "objects" in names:
+                yield from (table.select(names) for table in part.tables(ALL_GROUPS))
+            else:
+                yield part.read(names)
+
+
+# --- What summarises commits ---------------------------------------------------------------------------------------
+#
+# One driver may write a summary while another un-commits a shard of it. So a summary is checked after it is written,
+# and un-commit deletes summaries before the record and once more after it: the later of the two removes what is wrong.
 
 
 def compact(store: Store, manifest: Manifest, n_shards: int, sizes: Mapping[int, int]) -> list[int]:
@@ -156,38 +217,51 @@ def compact(store: Store, manifest: Manifest, n_shards: int, sizes: Mapping[int,
 
     ``sizes`` has the planned rows of each shard. A short last shard may grow, so its group is not full.
     """
-    present = _groups(store)
-    full: list[int] = []
+    present = set(_groups(store))
+    core = manifest.columns("shard", "n_rows")
+    whole = core["shard"].to_numpy()[core["n_rows"].to_numpy() == sizes.get(0, 0)]
+    n_whole = Counter((whole // GROUP_SHARDS).tolist())
+    full = []
     for group in range(n_shards // GROUP_SHARDS):
-        rows = manifest.table.filter(
-            (pc.field("shard") >= group * GROUP_SHARDS) & (pc.field("shard") < (group + 1) * GROUP_SHARDS)
-        )
-        done = zip(rows["shard"].to_pylist(), rows["n_rows"].to_pylist(), strict=True)
-        if rows.num_rows != GROUP_SHARDS or any(not n_rows == sizes[shard] == sizes[0] for shard, n_rows in done):
-            continue
-        if group not in present:
-            sink = io.BytesIO()
-            pq.write_table(rows.combine_chunks(), sink, compression="zstd")
-            store.write(group_key(group), sink.getvalue())
-        full.append(group)
+        # Only the last shard of all may be planned shorter than the first.
+        is_full = n_whole[group] == GROUP_SHARDS and sizes[(group + 1) * GROUP_SHARDS - 1] == sizes[0]
+        if is_full and (group in present or _write_group(store, manifest, group)):
+            full.append(group)
     return full
 
 
 def write_root(store: Store, *, dataset_id: str, n_rows: int, manifest: Manifest, groups: list[int]) -> None:
-    """Write ``root.json``: the totals of a complete dataset and its compacted groups."""
-    value = {
+    """Write the index and ``root.json``: the totals of a complete dataset, its compacted groups and its index."""
+    value: dict[str, Any] = {
         "dataset_id": dataset_id,
         "complete": True,
         "n_rows": n_rows,
         "n_shards": len(manifest),
         "nbytes": manifest.nbytes,
         "groups": groups,
+        "index": index_keys(len(manifest)),
+        "nbytes_by_array": manifest.nbytes_by_array(),
     }
+    present = {f"manifest/{name}" for name in store.names("manifest")}
+    if present.issuperset(value["index"]) and read_root(store) == value:
+        return
+    for number, key in enumerate(value["index"]):
+        # A short one may be left of commits that were replaced since.
+        if key not in present or key != index_key(number, INDEX_GROUPS * GROUP_SHARDS):
+            store.write(key, index_bytes(manifest.tables(_groups_of_index(number))))
     store.write("root.json", json.dumps(value, sort_keys=True, indent=1).encode())
+    for group in _lost_groups(store, value):
+        _delete_summaries(store, group)
+    for key in present.difference(value["index"]):
+        if key.startswith("manifest/index-"):
+            store.delete(key)
 
 
 def read_root(store: Store) -> dict[str, Any] | None:
-    """Return the totals of a complete dataset, None for one in the making; raise ``CorruptObjectError`` if damaged."""
+    """Return the totals of a complete dataset, None for one in the making; raise ``CorruptObjectError`` if damaged.
+
+    ``index`` and ``nbytes_by_array`` are absent where an early actlake wrote them.
+    """
     try:
         value: dict[str, Any] = json.loads(store.read("root.json"))
         if missing := {"dataset_id", "n_rows", "n_shards", "nbytes", "groups"} - set(value):
@@ -195,20 +269,87 @@ def read_root(store: Store) -> dict[str, Any] | None:
     except NotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise CorruptObjectError(f"{store.url}/root.json is damaged ({error}); {_REMEDY}") from error
+        raise CorruptObjectError(f"{store.url}/root.json is damaged ({error}); {REMEDY}") from error
     return value
 
 
 def uncommit(store: Store, shard: int) -> None:
     """Make a shard invisible again; what summarises it goes first, so that no reader sees the two disagree."""
-    store.delete("root.json")
-    store.delete(group_key(shard // GROUP_SHARDS))
+    group = shard // GROUP_SHARDS
+    _delete_summaries(store, group)
     store.delete(commit_key(shard))
+    _delete_summaries(store, group)
+
+
+def _delete_summaries(store: Store, group: int) -> None:
+    store.delete("root.json")
+    store.delete(index_key(group // INDEX_GROUPS, INDEX_GROUPS * GROUP_SHARDS))
+    store.delete(group_key(group))
+
+
+def _write_group(store: Store, manifest: Manifest, group: int) -> bool:
+    """Write a group; say whether all of its commits are still there."""
+    (table,) = manifest.tables(range(group, group + 1))
+    store.write(group_key(group), group_bytes(table))
+    if _commits(store, group) == list(_shards_of(group)):
+        return True
+    _delete_summaries(store, group)
+    return False
+
+
+def _lost_groups(store: Store, root: Mapping[str, Any]) -> list[int]:
+    """Return the groups of complete totals that are no longer there, or whose commits are not."""
+    return sorted(set(root["groups"]).difference(_groups(store)).union(_short_groups(store, root)))
+
+
+def _short_groups(store: Store, root: Mapping[str, Any]) -> list[int]:
+    """Return the groups that are not compacted and lack a commit that the totals count."""
+    n_shards = root["n_shards"]
+    loose = sorted(set(range(-(-n_shards // GROUP_SHARDS))).difference(root["groups"]))
+    return [group for group in loose if len(_commits(store, group)) < len(_shards_of(group, n_shards))]
+
+
+# --- What there is to read -----------------------------------------------------------------------------------------
+
+
+def _finished_parts(store: Store, root: Mapping[str, Any]) -> Sequence[Part]:
+    n_shards, compacted = root["n_shards"], set(root["groups"])
+    parts = [
+        GroupFile(store, group) if group in compacted else _loose(store, group, _shards_of(group, n_shards))
+        for group in range(-(-n_shards // GROUP_SHARDS))
+    ]
+    if "index" not in root:
+        return parts
+    return [
+        IndexFile(store, key, [parts[group] for group in _groups_of_index(number) if group < len(parts)])
+        for number, key in enumerate(root["index"])
+    ]
+
+
+def _groups_of_index(number: int) -> range:
+    return range(number * INDEX_GROUPS, (number + 1) * INDEX_GROUPS)
+
+
+def _shards_of(group: int, n_shards: int | None = None) -> range:
+    stop = (group + 1) * GROUP_SHARDS
+    return range(group * GROUP_SHARDS, stop if n_shards is None else min(stop, n_shards))
+
+
+def _loose(store: Store, group: int, shards: Iterable[int]) -> Rows:
+    return Rows(group, lambda: to_table(read_record(store, shard) for shard in shards))
+
+
+def _in_memory(records: Iterable[ShardRecord]) -> list[Rows]:
+    """Return ascending records as parts."""
+    tables = {
+        group: to_table(found) for group, found in groupby(records, key=lambda record: record.shard // GROUP_SHARDS)
+    }
+    return [Rows(group, partial(pa.table, table)) for group, table in tables.items()]
 
 
 def _listed_records(store: Store, groups: set[int]) -> Iterator[ShardRecord]:
     for folder in _numbers(store, "commits", ""):
-        for shard in _numbers(store, commit_folder(folder), ".json") if folder not in groups else ():
+        for shard in _commits(store, folder) if folder not in groups else ():
             try:
                 yield read_record(store, shard)
             except NotFoundError:
@@ -219,55 +360,38 @@ def _groups(store: Store) -> list[int]:
     return _numbers(store, "manifest", ".parquet")
 
 
+def _commits(store: Store, group: int) -> list[int]:
+    return _numbers(store, commit_folder(group), ".json")
+
+
 def _numbers(store: Store, folder: str, suffix: str) -> list[int]:
     # Folders in buckets may hold what no one of us wrote: marker objects, .DS_Store.
     pattern = re.compile(r"([0-9]{8}|[0-9]{10})" + re.escape(suffix))
     return [int(match[1]) for name in store.names(folder) if (match := pattern.fullmatch(name))]
 
 
-def _read_group(store: Store, group: int) -> pa.Table:
-    key = group_key(group)
-    data = store.read(key)
+def _schema(names: Sequence[str]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(name) for name in names])
+
+
+def _concatenate(tables: Sequence[pa.Table], names: Sequence[str]) -> pa.Table:
+    # An array made of a list makes pyarrow import pandas, so none is made where there are tables.
+    whole = pa.concat_tables(tables or [_schema(names).empty_table()])
+    # Lists of objects of a million shards do not fit into one array.
+    return whole if "objects" in names else whole.combine_chunks()
+
+
+def _numbers_of(column: pa.ChunkedArray) -> I64:
+    """Return an int64 column without nulls; unlike ``to_numpy`` without pandas, whose import takes 2 s of a core."""
+    array = column.combine_chunks()
+    if not len(array):
+        return np.zeros(0, dtype=np.int64)
+    return np.frombuffer(array.buffers()[1], dtype=np.int64, count=len(array), offset=8 * array.offset)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
     try:
-        # With a schema given, pyarrow would fill absent columns with nulls.
-        table = pq.ParquetFile(pa.BufferReader(data)).read()
-        if not table.schema.equals(SCHEMA):
-            raise ValueError("other columns than a manifest's")
-    except (ValueError, OSError) as error:
-        raise CorruptObjectError(f"{store.url}/{key} is damaged ({error}); {_REMEDY}") from error
-    # Fields of a file carry Parquet ids, which would get into the bytes of a group written from them.
-    return table.cast(SCHEMA)
-
-
-def _to_row(record: ShardRecord) -> dict[str, Any]:
-    provenance = record.provenance
-    objects = [
-        {"array": name, "nbytes": o.nbytes, "crc32c": o.crc32c, "index_crc32c": o.index_crc32c}
-        for name, o in sorted(record.objects.items())
-    ]
-    row = {name: getattr(record, name) for name in SCHEMA.names if hasattr(record, name)}
-    row |= {name: getattr(provenance, name) for name in SCHEMA.names if hasattr(provenance, name)}
-    return row | {
-        "objects": objects,
-        "stats_nbytes": record.stats.nbytes,
-        "stats_crc32c": record.stats.crc32c,
-        "software": json.dumps(dict(provenance.software), sort_keys=True),
-    }
-
-
-def _from_row(row: Mapping[str, Any]) -> ShardRecord:
-    names = ("attempt", "host", "device", "started", "finished", "n_tokens", "forward_s", "encode_s", "write_s")
-    return ShardRecord(
-        dataset_id=row["dataset_id"],
-        shard=row["shard"],
-        revision=row["revision"],
-        first_row=row["first_row"],
-        n_rows=row["n_rows"],
-        n_void=row["n_void"],
-        objects={
-            o["array"]: ObjectRecord(nbytes=o["nbytes"], crc32c=o["crc32c"], index_crc32c=o["index_crc32c"])
-            for o in row["objects"]
-        },
-        stats=ObjectRecord(nbytes=row["stats_nbytes"], crc32c=row["stats_crc32c"]),
-        provenance=Provenance(software=json.loads(row["software"]), **{name: row[name] for name in names}),
-    )
+        yield
+    except NotFoundError as error:
+        raise DataError(f"the dataset was changed since it was opened ({error}); open it again") from error

@@ -96,6 +96,7 @@ class WatchedStore(Store):
         super().__init__(url, options)
         self.changes: list[str] = []
         self.reads: list[str] = []
+        self.ranges: set[str] = set()
         self.listings: list[str] = []
 
     def _change(self, what: str) -> None:
@@ -114,6 +115,10 @@ class WatchedStore(Store):
     def read(self, key: str) -> bytes:
         self.reads.append(key)
         return super().read(key)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        self.ranges.add(key)
+        return super().read_range(key, start, stop)
 
     def names(self, key: str = "") -> list[str]:
         self.listings.append(key)

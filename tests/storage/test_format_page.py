@@ -15,19 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actlake.ingest import corpus_files
 from actlake.ingest.batching import PAD_MULTIPLE, plan_batches
-from actlake.ingest.corpus import CorpusSpec, build_corpus
+from actlake.ingest.corpus import build_corpus
 from actlake.ingest.corpus_build import order_key, split_of
-from actlake.ingest.corpus_spec import SplitInfo
-from actlake.ingest.sources import SourceFile
+from actlake.shards.covariance import SCHEMA as COVARIANCE
+from actlake.shards.covariance import covariance_key
+from actlake.storage import corpus_files
 from actlake.storage.arrays import ArraySpec, encode_shard
 from actlake.storage.codecs import CNAMES, Codec
+from actlake.storage.corpus_spec import CorpusSpec, SourceFile, SplitInfo
 from actlake.storage.header import Header
 from actlake.storage.manifest import SCHEMA, Manifest, group_key, read_root, write_root
+from actlake.storage.manifest_files import index_key
 from actlake.storage.moments import Moments, of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit_key, stats_key
-from actlake.storage.rowspace import KeepRule, block_places, content_hash, mix64
+from actlake.storage.rowspace import ROLES, KeepRule, block_places, content_hash, mix64
 from actlake.storage.spec import FORMAT_VERSION, ROW_COLUMNS, DatasetSpec, PointSpec
 from actlake.storage.stores import Store
 
@@ -91,6 +93,7 @@ def test_fields_are_those_of_the_code(heading: str, names: list[str]) -> None:
     [
         ("Manifest", SCHEMA),
         ("Statistics", pq.read_schema(pa.BufferReader(to_parquet({"x": Moments.empty(1)})))),
+        ("Covariance", COVARIANCE),
         ("`sequences/*.parquet`", corpus_files.SEQUENCES),
         ("`vocab-*.parquet`", corpus_files.VOCABULARY),
         ("`rows/*/*.parquet`", corpus_files.ROW_INDEX),
@@ -102,6 +105,10 @@ def test_columns_are_those_of_the_code(heading: str, schema: pa.Schema) -> None:
 
 def test_row_columns_are_those_of_the_code() -> None:
     assert table("`rows/*`") == ROW_COLUMNS
+
+
+def test_roles_are_those_of_the_code() -> None:
+    assert {name: int(code) for name, code in table("`role`").items()} == ROLES
 
 
 def test_the_header_and_the_totals(tmp_path: Path, make_spec: Callable[..., DatasetSpec]) -> None:
@@ -160,7 +167,7 @@ def test_every_stored_object_has_its_line() -> None:
     )
     patterns = [key_pattern(name) for name in names if not name.endswith("/")]
     keys = [str(path.relative_to(GOLDEN)).removeprefix("heldout/") for path in GOLDEN.rglob("*") if path.is_file()]
-    keys += [commit_key(5000), stats_key(5000), group_key(3)]
+    keys += [commit_key(5000), stats_key(5000), group_key(3), index_key(2, 65536), covariance_key("layers.0.mlp_in")]
     for key in keys:
         assert any(re.fullmatch(pattern, key) for pattern in patterns), key
     for pattern in patterns:
@@ -235,7 +242,8 @@ def test_batches_follow_the_pages_words() -> None:
 def test_a_shards_statistics_are_folded_as_the_page_says() -> None:
     # Sums that are not exact, so that another order of adding shows.
     rows = np.sin(np.arange(7500, dtype=np.float32)).reshape(2500, 3)
-    a, b, c = (Moments.of(rows[start : start + 1024]) for start in (0, 1024, 2048))
+    numbers = np.arange(2500)
+    a, b, c = (Moments.of(rows[i : i + 1024], numbers[i : i + 1024]) for i in (0, 1024, 2048))
     assert to_parquet({"x": of_shard(rows)}) == to_parquet({"x": a.merge(b).merge(c)})
 
 

@@ -1,4 +1,6 @@
+import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actlake.storage.errors import CorruptObjectError, UncommittedShardError
+from actlake.storage import manifest as manifest_module
+from actlake.storage import manifest_files, records
+from actlake.storage.errors import CorruptObjectError, DataError, UncommittedShardError
 from actlake.storage.manifest import SCHEMA, Manifest, compact, group_key, read_root, uncommit, write_root
+from actlake.storage.manifest_files import group_bytes, index_key
 from actlake.storage.records import ShardRecord, commit, commit_key
+from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
 
 MakeRecord = Callable[..., ShardRecord]
 N_SHARDS = 1030
+INDEX = index_key(0, N_SHARDS)
 # The stored records, serialised once for all tests.
 RECORDS: dict[int, bytes] = {}
 
@@ -89,11 +96,51 @@ def test_compaction_changes_nothing_that_is_read(full: str, watched: type[Any]) 
     after = Manifest.load(store)
     assert after.table.equals(before.table)
     assert list(after.records()) == list(before.records())
-    # Opening a finished dataset lists nothing, and reads a group instead of its 1,024 records.
-    assert store.listings == []
-    assert sorted(store.reads) == sorted(
-        ["root.json", group_key(0), *(commit_key(shard) for shard in range(1024, N_SHARDS))]
+    assert after.nbytes_by_array() == before.nbytes_by_array()
+    sizes_of = before.sizes("rows/role", "none", "layers.0.resid_post")
+    assert after.sizes("rows/role", "none", "layers.0.resid_post").combine_chunks().equals(sizes_of.combine_chunks())
+    assert sizes_of.column_names == ["shard", "rows/role", "none", "layers.0.resid_post"]
+    assert sizes_of["layers.0.resid_post"].to_pylist()[:3] == [1000, 1001, 1002]
+    assert sizes_of["none"].null_count == N_SHARDS
+    assert after.record(1029) == before.record(1029)
+
+
+def test_opening_a_finished_dataset_lists_its_last_group_and_reads_its_index(full: str, watched: type[Any]) -> None:
+    before = finish(Store(full))
+    store = watched(full)
+    after = Manifest.load(store)
+    scalars = [name for name in SCHEMA.names if name != "objects"]
+    assert after.columns(*scalars).equals(before.columns(*scalars))
+    assert after.sizes("rows/role")["rows/role"].to_pylist() == before.sizes("rows/role")["rows/role"].to_pylist()
+    assert after.nbytes_by_array() == before.nbytes_by_array()
+    assert (store.listings, store.reads) == (["commits/00000001"], ["root.json"])
+    assert store.ranges == {INDEX}
+    # A record is its commit: the group would be a thousand of them.
+    assert after.record(7) == before.record(7)
+    assert store.reads == ["root.json", commit_key(7)]
+
+
+def test_a_commit_that_vanished_from_the_last_group_is_missed_at_once(full: str) -> None:
+    before = finish(Store(full))
+    Store(full).delete(commit_key(1027))
+    assert Manifest.load(Store(full)).shards == [shard for shard in before.shards if shard != 1027]
+
+
+def test_an_early_root_without_an_index_opens_too(full: str, watched: type[Any]) -> None:
+    before = finish(Store(full))
+    store = watched(full)
+    root = read_root(store) or {}
+    store.write(
+        "root.json", json.dumps({k: v for k, v in root.items() if not k.startswith(("index", "nbytes_"))}).encode()
     )
+    store.reads.clear()
+    after = Manifest.load(store)
+    assert after.table.equals(before.table)
+    assert after.nbytes_by_array() == before.nbytes_by_array()
+    assert (store.listings, store.ranges) == (["commits/00000001"], {group_key(0)})
+    assert store.reads == ["root.json", *(commit_key(shard) for shard in range(1024, N_SHARDS))]
+    store.delete(commit_key(1027))
+    assert Manifest.load(store).shards == [shard for shard in before.shards if shard != 1027]
 
 
 def test_without_a_root_the_groups_are_listed(full: str, watched: type[Any]) -> None:
@@ -102,7 +149,8 @@ def test_without_a_root_the_groups_are_listed(full: str, watched: type[Any]) -> 
     store.delete("root.json")
     assert Manifest.load(store).table.equals(before.table)
     assert store.listings == ["manifest", "commits", "commits/00000001"]
-    assert len(store.reads) == 1 + 1 + 6
+    assert len(store.reads) == 1 + 6
+    assert store.ranges == {group_key(0)}
 
 
 def test_the_bytes_of_a_group_are_determined(full: str, watched: type[Any]) -> None:
@@ -113,11 +161,8 @@ def test_the_bytes_of_a_group_are_determined(full: str, watched: type[Any]) -> N
     # Another driver finds it there and leaves it.
     assert compact(store, Manifest.load(store), N_SHARDS, sizes()) == [0]
     assert store.changes == []
-    # A third one wrote it from a manifest that was itself read from the group.
-    loaded = Manifest.load(store)
-    store.delete(group_key(0))
-    assert compact(store, loaded, N_SHARDS, sizes()) == [0]
-    assert store.read(group_key(0)) == data
+    # From the columns of the group itself come the same bytes, without the Parquet ids of its fields.
+    assert group_bytes(next(Manifest.load(store).tables())) == data
 
 
 def test_a_group_is_plain_parquet(full: str) -> None:
@@ -148,11 +193,12 @@ def test_uncommit_takes_the_summaries_away_first(full: str, watched: type[Any]) 
     finish(Store(full))
     store = watched(full)
     uncommit(store, 5)
-    assert store.changes == ["delete root.json", f"delete {group_key(0)}", f"delete {commit_key(5)}"]
+    summaries = ["delete root.json", f"delete {index_key(0, 65536)}", f"delete {group_key(0)}"]
+    assert store.changes == [*summaries, f"delete {commit_key(5)}", *summaries]
     assert Manifest.load(store).shards == [shard for shard in range(N_SHARDS) if shard != 5]
 
 
-@pytest.mark.parametrize("fail_at", [0, 1, 2])
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 3])
 def test_an_interrupted_uncommit_leaves_the_shard_whole(fail_at: int, full: str, watched: type[Any]) -> None:
     before, store = finish(Store(full)), watched(full)
     store.fail_at = fail_at
@@ -184,12 +230,14 @@ def test_root_has_the_totals(full: str) -> None:
         "n_shards": N_SHARDS,
         "nbytes": manifest.nbytes,
         "groups": [0],
+        "index": [INDEX],
+        "nbytes_by_array": manifest.nbytes_by_array(),
     }
 
 
 def test_the_totals_of_a_smaller_plan_are_ignored(full: str, watched: type[Any]) -> None:
     before = finish(Store(full))
-    for n_rows, listings in ((before.n_rows, 0), (before.n_rows + 1, 3)):
+    for n_rows, listings in ((before.n_rows, 1), (before.n_rows + 1, 3)):
         store = watched(full)
         assert Manifest.load(store, n_rows).table.equals(before.table)
         assert len(store.listings) == listings
@@ -203,21 +251,139 @@ def test_a_damaged_root_is_named(data: bytes, tmp_path: Path) -> None:
         Manifest.load(store)
 
 
+@pytest.mark.parametrize("key", [group_key(0), INDEX])
 @pytest.mark.parametrize("damage", ["cut", "empty", "other columns"])
-def test_a_damaged_group_is_named(damage: str, full: str) -> None:
+def test_a_damaged_file_is_named(damage: str, key: str, full: str) -> None:
     store = Store(full)
     finish(store)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"x": [1]}), sink)
-    whole = store.read(group_key(0))
-    store.write(group_key(0), {"cut": whole[:-20], "empty": b"", "other columns": sink.getvalue()}[damage])
-    with pytest.raises(CorruptObjectError, match=r"00000000\.parquet is damaged"):
+    whole = store.read(key)
+    store.write(key, {"cut": whole[:-20], "empty": b"", "other columns": sink.getvalue().to_pybytes()}[damage])
+    if key == group_key(0):
+        store.delete("root.json")
+    with pytest.raises(CorruptObjectError, match=rf"{re.escape(key)} is damaged.*actlake ingest"):
         Manifest.load(store)
 
 
-def test_a_promised_record_that_is_not_there_is_a_missing_shard(full: str) -> None:
+def test_a_flipped_bit_in_the_index_is_never_read(full: str) -> None:
+    before = finish(Store(full)).columns("shard", "n_rows", "nbytes", "attempt")
+    store = Store(full)
+    whole, n_found = store.read(INDEX), 0
+    for place in range(50, 6000, 149):
+        data = bytearray(whole)
+        data[place] ^= 4
+        store.write(INDEX, bytes(data))
+        try:
+            assert Manifest.load(store).columns(*before.column_names).equals(before), place
+        except CorruptObjectError:
+            n_found += 1
+    assert n_found > 10
+
+
+def test_without_its_index_a_dataset_is_listed(full: str, watched: type[Any]) -> None:
+    before = finish(Store(full))
+    store = watched(full)
+    store.delete(INDEX)
+    assert Manifest.load(store).table.equals(before.table)
+    assert store.listings == ["commits/00000001", "manifest", "commits", "commits/00000001"]
+    finish(store)
+    assert store.exists(INDEX)
+
+
+def test_finishing_again_writes_nothing(full: str, watched: type[Any]) -> None:
+    finish(Store(full))
+    store = watched(full)
+    finish(store)
+    assert store.changes == []
+
+
+def test_a_rebuilt_shard_comes_into_the_index(full: str, make_record: MakeRecord) -> None:
     store = Store(full)
     finish(store)
-    before = Manifest.load(store).shards
-    store.delete(commit_key(1027))
-    assert Manifest.load(store).shards == [shard for shard in before if shard != 1027]
+    uncommit(store, 1026)
+    commit(store, make_record(1026, n_void=60))
+    finish(store)
+    assert Manifest.load(store).columns("n_void")["n_void"].to_pylist()[1026] == 60
+
+
+def test_the_index_of_a_smaller_plan_is_cleared_away(full: str, make_record: MakeRecord) -> None:
+    store = Store(full)
+    finish(store)
+    # What preparing for more rows does, and the builds after it.
+    store.delete("root.json")
+    commit(store, make_record(N_SHARDS))
+    manifest = finish(store)
+    assert store.names("manifest") == ["00000000.parquet", "index-00000000-01031.parquet"]
+    assert Manifest.load(store).shards == manifest.shards == list(range(N_SHARDS + 1))
+
+
+def test_what_was_replaced_since_is_named(full: str) -> None:
+    store = Store(full)
+    finish(store)
+    manifest = Manifest.load(store)
+    uncommit(store, 5)
+    store.delete(INDEX)
+    assert len(manifest.columns("shard")) == N_SHARDS
+    with pytest.raises(DataError, match=r"was changed since it was opened.*open it again"):
+        manifest.columns("attempt")
+    with pytest.raises(DataError, match="was changed since it was opened"):
+        next(manifest.tables())
+    with pytest.raises(UncommittedShardError, match="shard 5 has lost its commit record since"):
+        manifest.record(5)
+
+
+class Racing(Store):
+    """A store beside which another driver un-commits shard 1: ``n_before`` of its steps before ``key`` is written."""
+
+    key, n_before, late = "", 0, False
+
+    def __init__(self, url: str, steps: list[str]) -> None:
+        super().__init__(url)
+        self.steps = steps
+
+    def write(self, key: str, *parts: bytes | memoryview) -> None:
+        if key == self.key:
+            self.step(self.n_before)
+        super().write(key, *parts)
+        if key == self.key and not self.late:
+            self.step(len(self.steps))
+
+    def step(self, n: int) -> None:
+        for _ in range(min(n, len(self.steps))):
+            self.delete(self.steps.pop(0))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("n_before", range(8))
+@pytest.mark.parametrize("key", [group_key(0), index_key(0, 8), index_key(1, 1), "root.json"])
+def test_a_shard_un_committed_beside_a_compaction_stays_so(
+    key: str,
+    n_before: int,
+    late: bool,
+    memory_url: str,
+    watched: type[Any],
+    make_record: MakeRecord,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("GROUP_SHARDS", 4), ("INDEX_GROUPS", 2)):
+        for module in (records, manifest_module, manifest_files):
+            monkeypatch.setattr(module, name, value, raising=False)
+    other = watched(f"{memory_url}/none")
+    uncommit(other, 1)
+    store = Racing(memory_url, [change.removeprefix("delete ") for change in other.changes])
+    for shard in range(9):
+        commit(store, make_record(shard))
+    store.key, store.n_before, store.late = key, n_before, late
+    manifest = Manifest.load(store)
+    groups = compact(store, manifest, len(manifest), dict.fromkeys(manifest.shards, 64))
+    write_root(store, dataset_id="d", n_rows=manifest.n_rows, manifest=manifest, groups=groups)
+    store.step(7)
+    assert Manifest.load(store).shards == Manifest.load_listed(store).shards == [0, *range(2, 9)]
+
+
+def test_missing_shards(make_record: MakeRecord) -> None:
+    space = RowSpace(n_rows=64 * 5 + 10, rows_per_shard=64, rows_per_block=64, seed=0, order="shuffled")
+    manifest = Manifest.of([make_record(0), make_record(2), make_record(3, n_rows=63), make_record(9)])
+    assert manifest.missing(space) == [1, 3, 4, 5]
+    assert Manifest.of(make_record(k, n_rows=10 if k == 5 else 64) for k in range(6)).missing(space) == []
