@@ -1,39 +1,72 @@
 """What a trainer gets: ``TokenBatch``, the rows of one batch at every chosen hook point."""
 
-import weakref
-from collections import defaultdict, deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from actlake.shards.objects import bits_dtype
-from actlake.storage.arrays import ArraySpec
+from actlake.shards.columns import BatchColumns
 from actlake.storage.errors import UnknownNameError, nearest
-from actlake.storage.spec import ROW_COLUMNS
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class TokenBatch:
-    """B rows: per hook point a tensor [B, width] in the stored dtype, and what is known of each row.
+    """B rows: per hook point a tensor [B, width], and what is known of each row.
 
     ``row`` (int64 [B]) is the index of each row in ``ds[point]``; ``token_id`` and ``position`` are int32 [B],
-    ``sequence`` int64 [B], ``role`` uint8 [B]. Every tensor is contiguous, writable, on the CPU and the batch's own.
+    ``sequence`` int64 [B], ``role`` uint8 [B], all on the CPU. They are read when they are first asked for; a stream of
+    which one was asked for reads it ahead from then on. Every tensor is contiguous, writable and the batch's own.
     """
 
-    activations: Mapping[str, torch.Tensor]
-    row: torch.Tensor
-    token_id: torch.Tensor
-    position: torch.Tensor
-    sequence: torch.Tensor
-    role: torch.Tensor
+    def __init__(
+        self,
+        activations: Mapping[str, torch.Tensor],
+        columns: BatchColumns,
+        labels: Mapping[str, Callable[[npt.NDArray[Any]], list[str | None]]] | None = None,
+    ) -> None:
+        self.activations = activations
+        self._columns = columns
+        self._labels = labels or {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._values: dict[str, list[str | None]] = {}
 
     @property
     def hook_points(self) -> tuple[str, ...]:
         return tuple(self.activations)
+
+    @property
+    def row(self) -> torch.Tensor:
+        """The index of each row in ``ds[point]``, int64 [B]."""
+        return self._column("row")
+
+    @property
+    def token_id(self) -> torch.Tensor:
+        """The token of each row, int32 [B]."""
+        return self._column("token_id")
+
+    @property
+    def position(self) -> torch.Tensor:
+        """The position of each row's token in its sequence, BOS included, int32 [B]."""
+        return self._column("position")
+
+    @property
+    def sequence(self) -> torch.Tensor:
+        """The number of each row's sequence in the corpus, int64 [B]."""
+        return self._column("sequence")
+
+    @property
+    def role(self) -> torch.Tensor:
+        """The role of each row's token, uint8 [B]."""
+        return self._column("role")
+
+    @property
+    def columns(self) -> dict[str, list[str | None]]:
+        """For each metadata field that the stream was asked for, the value of each row's document."""
+        for field, look_up in self._labels.items():
+            if field not in self._values:
+                self._values[field] = look_up(self._columns["sequence"])
+        return self._values
 
     def __getitem__(self, point: str) -> torch.Tensor:
         try:
@@ -42,67 +75,20 @@ class TokenBatch:
             raise UnknownNameError(f"no hook point {point!r} in this batch{nearest(point, self.activations)}") from None
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(next(iter(self.activations.values())))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in self.activations.items())
         return f"TokenBatch({len(self)} rows: {shapes})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Row columns and labels go along as values: what they are read from stays here.
+        return self.__dict__ | {"_values": self.columns, "_labels": {}}
 
-class Memory:
-    """Memory of batches, used again once a trainer has dropped every tensor of it.
-
-    Fresh memory is handed out by the kernel page by page, zeroed: up to one more CPU second per GB. Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._free: defaultdict[int, deque[npt.NDArray[np.uint8]]] = defaultdict(deque)
-        self._closed = False
-
-    def take(self, array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
-        """Return rows of an array's bits, of any content."""
-        nbytes = n_rows * array.nbytes_per_row
-        try:
-            memory = self._free[nbytes].pop()
-        except IndexError:
-            memory = np.empty(nbytes, dtype=np.uint8)
-        return memory.view(bits_dtype(array)).reshape(array.shape(n_rows))
-
-    def lend(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return what ``take`` returned as another array; the memory comes back when that one is dropped."""
-        memory: npt.NDArray[np.uint8] = rows.reshape(-1).view(np.uint8)
-        lent = rows.view()
-        weakref.finalize(lent, self._come_back, memory).atexit = False
-        return lent
-
-    def close(self) -> None:
-        """Let go of all memory, and keep none that comes back."""
-        self._closed = True
-        self._free.clear()
-
-    def _come_back(self, memory: npt.NDArray[np.uint8]) -> None:
-        if not self._closed:
-            self._free[memory.nbytes].append(memory)
-
-
-class Slot:
-    """One batch while it is being filled: an array of bits for each name, and ``row``."""
-
-    def __init__(self, arrays: Mapping[str, ArraySpec], n_rows: int, memory: Memory) -> None:
-        self.memory = memory
-        self.rows = {name: memory.take(array, n_rows) for name, array in arrays.items()}
-        self.rows["row"] = np.empty(n_rows, dtype=np.int64)
-
-    def to_batch(self, points: tuple[str, ...], n_rows: int) -> TokenBatch:
-        """Return the first ``n_rows`` as a batch, without a copy where that is all of them."""
-        full = n_rows == len(self.rows["row"])
-        tensors = {
-            name: to_tensor(self.memory.lend(rows) if full else rows[:n_rows].copy())
-            for name, rows in self.rows.items()
-        }
-        columns = {name: tensors[f"rows/{name}"] for name in ROW_COLUMNS}
-        activations = {point: tensors[point] for point in points}
-        return TokenBatch(activations=activations, row=tensors["row"], **columns)
+    def _column(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = torch.from_numpy(self._columns[name])
+        return self._tensors[name]
 
 
 def to_tensor(rows: npt.NDArray[Any]) -> torch.Tensor:

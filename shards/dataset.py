@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,18 @@ from actlake.storage.stores import Store
 if TYPE_CHECKING:
     import torch
 
+    from actlake.shards.batch import TokenBatch
+    from actlake.shards.corpus_rows import CorpusRows
+    from actlake.shards.lookup import RowContext, SequenceRows
+    from actlake.shards.normalizer import Normalizer
+    from actlake.shards.source import Source
     from actlake.shards.stream import ActivationStream
+    from actlake.shards.view import View
 
 I64 = npt.NDArray[np.int64]
+
+#: Hook points or patterns of them; for a transcoder, its two sides.
+Points = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 #: What selects rows: a number, a slice, ``...`` or a sequence of numbers.
 RowKey = int | slice | EllipsisType | Sequence[int] | npt.NDArray[Any]
@@ -98,8 +107,7 @@ class ActivationDataset:
     def missing_shards(self) -> list[int]:
         """Shards that are not committed, or committed with fewer rows than are planned now; ascending."""
         space = self.spec.row_space(self.n_rows_planned)
-        committed = self.reader.manifest.n_rows_by_shard()
-        return [shard for shard in range(space.n_shards) if committed.get(shard, 0) < len(space.rows_of(shard))]
+        return self.reader.manifest.missing(space)
 
     @property
     def complete(self) -> bool:
@@ -117,6 +125,13 @@ class ActivationDataset:
                 "share of the documents has rows"
             ) from error
 
+    @cached_property
+    def corpus(self) -> "CorpusRows":
+        """What the corpus knows of the rows' sequences: documents, labels, tokens. Opened when first used."""
+        from actlake.shards.corpus_rows import CorpusRows
+
+        return CorpusRows(self)
+
     def __repr__(self) -> str:
         manifest, spec = self.reader.manifest, self.spec
         ratio = f", {spec.nbytes_per_row * self.n_rows / manifest.nbytes:.2f}x compressed" if manifest.nbytes else ""
@@ -130,6 +145,11 @@ class ActivationDataset:
             f"  stored       {manifest.nbytes / 1e9:.3f} GB{ratio}",
         )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from actlake.shards.repr_html import dataset_html
+
+        return dataset_html(self)
 
     # --- rows ---
 
@@ -147,7 +167,7 @@ class ActivationDataset:
 
     def tensor(self, name: str, rows: RowKey) -> "torch.Tensor":
         """Return ``self[name][rows]`` as a tensor, bfloat16 as ``torch.bfloat16``, without a copy."""
-        _require_torch()
+        require_torch()
         from actlake.shards.batch import to_tensor
 
         found = np.asarray(self[name][rows])
@@ -165,10 +185,7 @@ class ActivationDataset:
         if point not in self.hook_points:
             raise UnknownNameError(f"{self.url} has no hook point {point!r}{nearest(point, self.hook_points)}")
         if point not in self._moments:
-            shards = self.reader.manifest.shards
-            with Workers(thread_count(self.store.local)) as workers:
-                parts = dict(zip(shards, workers.map(self._moments_of(point), shards), strict=True))
-            self._moments[point] = fold(parts, self.reader.arrays[point].width or 1)
+            self._moments[point] = self.moments(point, self.reader.manifest.shards)
         return self._moments[point]
 
     def _moments_of(self, point: str) -> Callable[[int], Moments]:
@@ -176,43 +193,104 @@ class ActivationDataset:
 
     # --- training ---
 
-    def stream(
-        self,
-        points: str | Sequence[str],
-        *,
-        batch_size: int = 4096,
-        seed: int = 0,
-        epochs: int | None = 1,
-        drop_last: bool = True,
-        buffer_bytes: int | str = "1GiB",
-    ) -> "ActivationStream":
+    def stream(self, points: Points, **options: Any) -> "ActivationStream":
         """Return a stream of shuffled batches over the shards that were committed when the dataset was opened.
 
-        Args:
-            points: hook points or patterns of them, e.g. ``"layers.*.resid_post"``.
-            batch_size: rows of a batch.
-            seed: decides the order, together with the epoch.
-            epochs: how many times each row comes in one iteration; None for no end.
-            drop_last: leave out the last, short batch of an epoch.
-            buffer_bytes: memory for the batches in flight; a larger buffer mixes more chunks in each batch. It is a
-                part of the order: a state continues only with the number of units per window that it began with.
-
-        Raises ``UnknownNameError`` or ``BadInputError`` for what cannot be streamed, ``MissingExtraError`` without
-        torch.
+        ``points`` are hook points or patterns of them (``"layers.*.resid_post"``), or ``{"inputs": [...], "targets":
+        [...]}``; ``shards.streaming.make_stream`` has all options and what is raised.
         """
-        _require_torch()
-        from actlake.shards.stream import ActivationStream, StreamSettings
+        require_torch()
+        from actlake.shards.streaming import make_stream
 
-        chosen = self.spec.select(points if isinstance(points, str) else list(points))
-        settings = StreamSettings(
-            points=chosen,
-            batch_size=batch_size,
-            seed=seed,
-            epochs=epochs,
-            drop_last=drop_last,
-            buffer_bytes=buffer_bytes,
-        )
-        return ActivationStream(self.reader, settings)
+        return make_stream(self, points, **options)
+
+    def where(self, **conditions: Any) -> "View":
+        """Return a view of the rows that fulfil all conditions: the same interface, chosen as rows are read.
+
+        By position, position_from_end, role, token_id, any field of the corpus, or the norm of a hook point in
+        multiples of its median: ``shards.select.where`` has them all and what is raised.
+        """
+        from actlake.shards.view import View
+
+        return View(self, ()).where(**conditions)
+
+    def normalizer(self, points: Points, kind: str) -> "Normalizer":
+        """Return what maps rows of hook points to a common size by their statistics, and trained weights back.
+
+        ``kind`` is ``"unit"``, ``"sqrt_d"`` or ``"standardize"``. Raises as ``shards.normalizer.Normalizer.of``.
+        """
+        require_torch()
+        from actlake.shards.streaming import make_normalizer
+
+        return make_normalizer(self, points, kind)
+
+    def context(self, rows: RowKey, *, before: int = 20, after: int = 10) -> "list[RowContext]":
+        """Return the text around rows: their tokens among their neighbours, document and metadata.
+
+        Reads no activations. Raises ``NotFoundError`` where the corpus is gone.
+        """
+        require_torch()
+        from actlake.shards.lookup import context
+
+        return context(self, rows, before=before, after=after)
+
+    def sequence(self, number: int, points: str | Sequence[str] | None = None) -> "SequenceRows":
+        """Return all rows of one sequence in order, at some hook points or all; ``shards.lookup.sequence``."""
+        require_torch()
+        from actlake.shards.lookup import sequence
+
+        return sequence(self, number, points)
+
+    def sample(self, points: str | Sequence[str], n: int, seed: int = 0) -> "TokenBatch":
+        """Return a batch of ``n`` uniform rows that are not void, drawn without replacement.
+
+        For a bias or a geometric median to begin with; ``shards.lookup.sample`` says what is read and raised.
+        """
+        require_torch()
+        from actlake.shards.batch import TokenBatch
+        from actlake.shards.columns import BatchColumns
+        from actlake.shards.lookup import sample
+
+        tensors, rows = sample(self, points, n, seed=seed)
+        numbers = rows.numpy()
+
+        def read(name: str) -> npt.NDArray[Any]:
+            return numbers if name == "row" else self[f"rows/{name}"][numbers]
+
+        return TokenBatch(tensors, BatchColumns(read))
+
+    # --- what a stream asks for ---
+
+    def select(self, pattern: str) -> tuple[str, ...]:
+        """Expand one pattern of hook points; raise ``UnknownNameError`` for one that selects nothing."""
+        return self.spec.select(pattern)
+
+    def source(self, points: Sequence[str]) -> "Source":
+        """Return the arrays of hook points, for a stream."""
+        from actlake.shards.source import Source
+
+        return Source(columns=self.reader, points={name: (self.reader, self.reader.arrays[name]) for name in points})
+
+    def moments(self, point: str, shards: Sequence[int]) -> Moments:
+        """Return the statistics of a hook point over some shards, folded as ``statistics`` does."""
+        with Workers(thread_count(self.store.local)) as workers:
+            parts = dict(zip(shards, workers.map(self._moments_of(point), shards), strict=True))
+        return fold(parts, self.reader.arrays[point].width or 1)
+
+    def labels(self, field: str) -> Callable[[npt.NDArray[Any]], list[str | None]]:
+        """Return what gives a metadata field for sequence numbers; raise ``UnknownNameError`` for an unknown one."""
+        self.corpus.require_field(field)
+        return partial(self.corpus.values, field)
+
+    def reopened(self) -> "ActivationDataset":
+        """Return the dataset on the shards that are committed now."""
+        return open(self.store.url, self.store.options)
+
+    @property
+    def planned_shards(self) -> list[int]:
+        """Rows of each shard that is planned, ascending."""
+        space = self.spec.row_space(self.n_rows_planned)
+        return [len(space.rows_of(shard)) for shard in range(space.n_shards)]
 
 
 class PointView:
@@ -262,7 +340,7 @@ class PointView:
         Raises ``RowRangeError`` (an ``IndexError``) for rows outside of the dataset, ``UncommittedShardError`` for
         rows without a commit record, ``BadInputError`` for a key of another kind.
         """
-        rows = _row_numbers(key, len(self), self.name)
+        rows = row_numbers(key, len(self), self.name)
         self._require_committed(rows)
         found = self._read(rows.reshape(-1)).view(self.dtype)
         one: npt.NDArray[Any] = found.reshape(rows.shape + self.shape[1:])
@@ -314,7 +392,7 @@ class PointView:
         out[places] = scratch[rows[places] - number * size]
 
 
-def _row_numbers(key: RowKey, n_rows: int, name: str) -> I64:
+def row_numbers(key: RowKey, n_rows: int, name: str) -> I64:
     """Return the row numbers of a key, int64, of no dimension for a single row."""
     if isinstance(key, slice | EllipsisType):
         start, stop, step = (key if isinstance(key, slice) else slice(None)).indices(n_rows)
@@ -339,7 +417,8 @@ def _exhaust(results: Iterable[None]) -> None:
         pass
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raise ``MissingExtraError`` where torch is absent."""
     try:
         import torch  # noqa: F401  (looked for here, so that the message can name the remedy)
     except ImportError as error:

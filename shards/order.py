@@ -12,14 +12,14 @@
   stripe is exactly a batch (Hermite's identity), though the units' pieces differ by a row. So every batch has rows of
   all units of its window, a unit is copied while it is in the cache, and no row is moved on its own: rows were permuted
   among themselves when they were written.
-- The windows' rows, one after another, are cut into batches. A batch may span two windows; it spans two epochs only in
-  an endless stream.
+- The windows' rows, one after another, are cut into batches; ``shards.course`` says who delivers which. A batch may
+  span two windows, and two epochs where an iteration has no end or a budget of rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,18 @@ from actlake.storage.errors import BadInputError
 from actlake.storage.rowspace import mix64
 
 I64 = npt.NDArray[np.int64]
+
+#: source, batch, target, length, count: what ``Deal`` says of one move.
+Move = tuple[int, int, int, int, int]
+
+
+class Scatter(NamedTuple):
+    """Single rows of a unit, int64 [n] each: from ``source`` to rows ``target`` of one batch."""
+
+    source: I64
+    batch: int
+    target: I64
+
 
 #: Sets the order of units apart from the order of rows in a shuffle block, which hashes likewise.
 _SALT = np.uint64(0x756E6974)
@@ -109,55 +121,62 @@ def epoch_order(seed: int, epoch: int, ids: I64) -> I64:
 
 
 def units_per_window(buffer_nbytes: int, nbytes_per_row: int, rows_per_unit: int, batch_size: int) -> int:
-    """Return how many units half of a buffer holds: whole batches where it holds one, one batch at least."""
-    per_batch = -(-batch_size // rows_per_unit)
-    fit = max(per_batch, buffer_nbytes // 2 // (nbytes_per_row * rows_per_unit))
-    even = batch_size // np.gcd(batch_size, rows_per_unit)
-    return int(fit // even * even or fit)
+    """Return how many units half of a buffer holds, one batch at least.
+
+    Where it holds whole batches, a power of two of them (of the fewest units that fill whole batches): then each unit
+    gives each batch equally many rows, and goes to all of them in one strided copy.
+    """
+    even = int(batch_size // np.gcd(batch_size, rows_per_unit))
+    fit = buffer_nbytes // 2 // (nbytes_per_row * rows_per_unit)
+    if fit < even:
+        return max(-(-batch_size // rows_per_unit), int(fit))
+    return even << int(fit // even).bit_length() - 1
 
 
 def window_bounds(n_units: int, per_window: int, batch_size: int, rows_per_unit: int) -> list[tuple[int, int]]:
-    """Cut the units of an epoch into windows of about equal size, so that the last mixes as well as the others."""
-    n_windows = max(1, -(-n_units // per_window))
+    """Cut the units of a segment into windows of ``per_window``; the last two share the rest, so that both mix."""
     even = int(batch_size // np.gcd(batch_size, rows_per_unit))
-    even = even if per_window % even == 0 else 1
-    cuts = [window * n_units // n_windows // even * even for window in range(n_windows)] + [n_units]
+    n_whole, rest = divmod(n_units, per_window)
+    cuts = [window * per_window for window in range(n_whole + 1)]
+    if rest:
+        if n_whole:
+            half = (per_window + rest) // 2
+            cuts[-1] = cuts[-2] + min(per_window, -(-half // even) * even)
+        cuts.append(n_units)
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Deal:
-    """Which rows of each unit of a window go where: pieces as int64 [P], grouped by unit.
+    """Which rows of each unit of a window go where, as moves, unit by unit.
 
-    A piece is ``length`` kept rows of its unit from ``source`` on; they go to rows ``target`` and following of the
-    window's batch number ``batch``. ``taken`` says the same row by row: int64 [n_rows], where each row that is put out
-    comes in the kept rows of all units, one unit after another.
+    A move takes ``count`` pieces of ``length`` kept rows each, one after another from ``source`` on, to rows ``target``
+    and following of as many batches from ``batch`` on. ``stripes`` say the same in the order in which rows are put out:
+    the place of each stripe's first row among the kept rows of all units, one unit after another, and its length.
     """
 
-    taken: I64
-    source: I64
-    batch: I64
-    target: I64
-    length: I64
-    first_piece: I64
+    n_rows: int
+    stripes: tuple[I64, I64]
+    moves: list[Move | Scatter]
+    first_move: list[int]
 
-    @property
-    def n_rows(self) -> int:
-        """Rows that go into batches."""
-        return len(self.taken)
+    def taken(self) -> I64:
+        """Return int64 [n_rows]: where each row that is put out comes among the kept rows of all units."""
+        first, length = self.stripes
+        return np.repeat(first - (np.cumsum(length) - length), length) + np.arange(self.n_rows)
 
-    def of_unit(self, unit: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (source, batch, target, length) of each piece of a unit."""
-        pieces = slice(self.first_piece[unit], self.first_piece[unit + 1])
-        columns = (self.source, self.batch, self.target, self.length)
-        return zip(*(column[pieces].tolist() for column in columns), strict=True)
+    def of_unit(self, unit: int) -> list[Move | Scatter]:
+        """Return the moves of a unit."""
+        return self.moves[self.first_move[unit] : self.first_move[unit + 1]]
 
 
-def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: int = 0) -> Deal:
+def deal(
+    kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: int = 0, take: int | None = None
+) -> Deal:
     """Plan a window over units of ``kept`` rows each.
 
-    The window's first ``skip`` rows were delivered before and go nowhere; the next goes to row ``filled`` of batch 0,
-    which the window before has begun.
+    The window's first ``skip`` rows go nowhere, nor do those after the next ``take`` (None: all). The first row that is
+    taken goes to row ``filled`` of batch 0, which the window before has begun.
     """
     kept_U = np.asarray(kept, dtype=np.int64)
     n_stripes = max(1, int(kept_U.sum()) // batch_size)
@@ -166,12 +185,13 @@ def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: i
     edges_TU //= n_stripes * n_units
     source, length = edges_TU[:-1].reshape(-1), np.diff(edges_TU, axis=0).reshape(-1)
     unit = np.tile(np.arange(n_units), n_stripes)
-    # Leave out what was delivered; then `place` counts the rows of the batches in flight, begun ones included.
+    # Leave out what is not taken; then `place` counts the rows of the batches in flight, begun ones included.
     place = np.cumsum(length) - length - skip
     late = np.clip(-place, 0, length)
     source, length, place = source + late, length - late, place + late + filled
-    first = (np.cumsum(kept_U) - kept_U)[unit] + source
-    taken = np.repeat(first - (np.cumsum(length) - length), length) + np.arange(length.sum())
+    if take is not None:
+        length = np.clip(take + filled - place, 0, length)
+    first, stripe_length = (np.cumsum(kept_U) - kept_U)[unit] + source, length
     # Cut at the batches' edges.
     n_cuts = np.maximum(0, (place + length - 1) // batch_size - place // batch_size) + 1
     n_cuts[length == 0] = 0
@@ -181,13 +201,17 @@ def deal(kept: Sequence[int] | I64, batch_size: int, *, filled: int = 0, skip: i
     low = np.maximum(place[piece], batch * batch_size)
     high = np.minimum(place[piece] + length[piece], (batch + 1) * batch_size)
     by_unit = np.argsort(unit[piece], kind="stable")
-    columns = (source[piece] + low - place[piece], batch, low - batch * batch_size, high - low)
-    ordered = [column[by_unit] for column in columns]
+    unit, batch = unit[piece][by_unit], batch[by_unit]
+    source = (source[piece] + low - place[piece])[by_unit]
+    target, length = low[by_unit] - batch * batch_size, (high - low)[by_unit]
+    # Pieces that follow each other into the same rows of the next batch make one move.
+    same = (np.diff(unit) == 0) & (np.diff(batch) == 1) & (np.diff(target) == 0) & (np.diff(length) == 0)
+    begins = np.flatnonzero(np.append(True, ~(same & (source[1:] == source[:-1] + length[:-1])))[: len(unit)])
+    counts = np.diff(np.append(begins, len(unit)))
+    columns = (source[begins], batch[begins], target[begins], length[begins], counts)
     return Deal(
-        taken=taken,
-        source=ordered[0],
-        batch=ordered[1],
-        target=ordered[2],
-        length=ordered[3],
-        first_piece=np.searchsorted(unit[piece][by_unit], np.arange(n_units + 1)),
+        n_rows=int(stripe_length.sum()),
+        stripes=(first, stripe_length),
+        moves=list(zip(*(column.tolist() for column in columns), strict=True)),
+        first_move=np.searchsorted(unit[begins], np.arange(n_units + 1)).tolist(),
     )

@@ -1,283 +1,386 @@
-"""The stream: batches of rows from all over the dataset, in a seeded order, resumable at any batch.
+"""The stream: batches of rows from all over a dataset, in a seeded order, resumable at any batch.
 
-``shards.order`` has the order; this module runs it: the next window is decoded while the batches of the current one
-are consumed.
+``shards.order`` has the order of rows, ``shards.course`` who delivers which; this module runs them: the next windows
+are decoded while the batches of the current one are consumed.
 """
 
 import os
+import time
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from actlake.shards.batch import Memory, Slot, TokenBatch
-from actlake.shards.dataset import open as open_dataset
-from actlake.shards.objects import ShardReader
-from actlake.shards.order import I64, Snapshot, deal, epoch_order, units_per_window, window_bounds
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from actlake.shards import adapters
+from actlake.shards import state as states
+from actlake.shards.batch import TokenBatch, to_tensor
+from actlake.shards.counters import Counters
+from actlake.shards.course import Course, Position, Share, split
+from actlake.shards.flights import Delivery, Dispatcher, Flight
+from actlake.shards.follow import POLL_S, Waves
+from actlake.shards.memory import Memory
+from actlake.shards.normalizer import Normalizer
+from actlake.shards.order import units_per_window
+from actlake.shards.origin import Origin
 from actlake.shards.prefetch import Workers, thread_count
-from actlake.shards.window import Dealer, Window
+from actlake.shards.segments import Epochs, InSequence, Segments
+from actlake.shards.sequences import Sequences
+from actlake.shards.settings import StreamSettings
+from actlake.shards.source import Source
+from actlake.shards.unpermute import span_of
+from actlake.shards.window import Dealer
 from actlake.storage.errors import BadInputError, UncommittedShardError
-from actlake.storage.sizes import parse_nbytes
 
-#: Raised by one with every change that gives another order or another meaning to a saved state.
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """What decides a stream's batches, together with the snapshot; ``epochs`` None is endless."""
-
-    points: tuple[str, ...]
-    batch_size: int = 4096
-    seed: int = 0
-    epochs: int | None = 1
-    drop_last: bool = True
-    buffer_bytes: int | str = "1GiB"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise BadInputError(f"batch_size = {self.batch_size} must be > 0; 4096 is the default")
-        if self.epochs is not None and self.epochs < 1:
-            raise BadInputError(f"epochs = {self.epochs} must be > 0; None streams without an end")
-        if not 0 <= self.seed < 2**64:
-            raise BadInputError(f"seed = {self.seed} must be in 0..2**64-1")
-        parse_nbytes(self.buffer_bytes, "buffer_bytes")
+#: Tasks for each thread that should be waiting while a window is finished.
+_TASKS_AHEAD = 2
+_MAX_WINDOWS_AHEAD = 16
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
-    # One window to be read: its units, the rows to leave out at its start, and whether the epoch ends with it.
-    epoch: int
-    units: I64
-    skip: int
-    ends: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Open:
-    # The batch that a window has begun and the next one goes on filling: no slot, or one with its rows.
-    slots: list[Slot] = field(default_factory=list)
-    n_rows: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Flight:
-    # A window whose tasks have begun.
-    job: _Job
-    window: Window
-    tasks: "list[Future[None]]"
-
-
-class ActivationStream:
+class ActivationStream(IterableDataset[TokenBatch]):
     """Batches of a dataset's committed rows, each row once an epoch, in an order that depends on the seed alone.
 
     Iterable any number of times: ``iter()`` goes on from the current state, and into the next epoch after an end. One
     iterator at a time: an older one raises ``BadInputError``. Errors in threads surface in the consumer. Pickles as
-    URL, options, settings and state. Not thread-safe; a fork continues on its own.
+    URL, options, settings and state. Not thread-safe; a fork continues on its own. In a process of a ``DataLoader`` it
+    delivers that process's part of the rank's batches.
     """
 
-    def __init__(self, reader: ShardReader, settings: StreamSettings) -> None:
-        self._reader, self.settings = reader, settings
-        self._epoch, self._row, self._turn = 0, 0, 0
-        self._use(_snapshot(reader))
+    def __init__(self, origin: Origin, settings: StreamSettings) -> None:
+        self._origin, self.settings = origin, settings
+        self._source = origin.source(settings.points)
+        self._position, self._worker, self._turn = Position(), Share(), 0
+        self._counters = Counters()
+        self._segments = self._segments_of(self._source, None)
+        self._labels = {field: origin.labels(field) for field in settings.columns}
+        self._check_rows()
 
     @property
     def hook_points(self) -> tuple[str, ...]:
+        """Inputs and targets, each once."""
         return self.settings.points
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.settings.inputs
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return self.settings.targets
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels of each hook point."""
+        return {name: array.width or 1 for name, array in self._source.arrays.items()}
+
     def __len__(self) -> int:
-        """Batches from the beginning of one iteration to its end, all epochs of it; raise ``TypeError`` if endless."""
-        if self.settings.epochs is None:
-            raise TypeError("an endless stream (epochs=None) has no length")
-        n_rows, size = self._snapshot.n_kept, self.settings.batch_size
-        return self.settings.epochs * (n_rows // size if self.settings.drop_last else -(-n_rows // size))
+        """Batches of this rank from the beginning of one iteration to its end.
+
+        Raises ``TypeError`` where that is not known: for an endless, a filtered or a followed stream.
+        """
+        settings = self.settings
+        for unknown, why in (
+            (settings.endless, "an endless stream (epochs=None)"),
+            (self._source.filter is not None, "a filtered stream"),
+            (settings.follow, "a stream that follows ingestion"),
+        ):
+            if unknown:
+                raise TypeError(f"{why} has no length")
+        course = self._course(settings.share, Share())
+        found = (position for position in course.walk(Position()) if position is not None)
+        return sum(len(position.pieces[0]) for position in found)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         self._turn += 1
         return self._iterate(self._turn)
 
     def __repr__(self) -> str:
-        shown = self.settings.points if len(self.settings.points) < 5 else (*self.settings.points[:3], "...")
+        points = self.settings.points
+        shown = points if len(points) < 5 else (*points[:3], "...")
+        rank = f", rank {self.settings.rank} of {self.settings.world_size}" if self.settings.world_size > 1 else ""
         return (
-            f"ActivationStream({self._reader.store.url!r}: {', '.join(shown)}; {self._snapshot.n_kept:_} rows, "
-            f"batches of {self.settings.batch_size}, seed {self.settings.seed}; at epoch {self._epoch}, "
-            f"row {self._row:_})"
+            f"ActivationStream({self._origin.url!r}: {', '.join(shown)}; batches of {self.settings.batch_size}, "
+            f"seed {self.settings.seed}{rank}; {self._counters.n_batches:_} delivered)"
         )
+
+    def _repr_html_(self) -> str:
+        from actlake.shards.repr_html import stream_html
+
+        return stream_html(self)
+
+    def stats(self) -> dict[str, Any]:
+        """Return what was delivered since the stream was made, and where the time went.
+
+        Rows, batches, uncompressed bytes and GB/s; ``wait_s``, the seconds in which the consumer waited; ``decode_s``
+        (read, checked, decoded) and ``gather_s``, summed over threads; rows left out at the ends of epochs, over all
+        ranks (``n_dropped_rows``); what damage cost, where ``on_damage="skip"``.
+        """
+        return self._counters.to_json() | {"n_dropped_rows": self._position.dropped}
+
+    @cached_property
+    def normalizer(self) -> Normalizer | None:
+        """What ``normalize`` applies to every batch: by the statistics of the snapshot that is streamed."""
+        if self.settings.normalize is None:
+            return None
+        shards = self._segments.scale_shards()
+        origin = self._segments.origin if isinstance(self._segments, Waves) else self._origin
+        moments = {name: origin.moments(name, shards) for name in self.settings.points}
+        return Normalizer.of(moments, self.settings.normalize, self.settings.inputs, self.settings.targets)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensors."""
+        if self.settings.dtype is not None:
+            return self.settings.dtype
+        stored: torch.dtype = getattr(torch, self._source.spec.dtype)
+        return stored if self.settings.normalize is None else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors go."""
+        return torch.device(self.settings.device)
+
+    # --- the same batches, as each trainer calls them ---
+
+    def tensors(self) -> adapters.Tensors:
+        """Batches as one tensor [B, D], of a stream of one hook point."""
+        return adapters.Tensors(self)
+
+    def dicts(self) -> adapters.Dicts:
+        """Batches as hook point to [B, D]."""
+        return adapters.Dicts(self)
+
+    def pairs(self) -> adapters.Pairs:
+        """Batches as [B, 2, D]: one input and one target of a transcoder."""
+        return adapters.Pairs(self)
+
+    def stack(self) -> adapters.Stack:
+        """Batches as [B, N, D]: every hook point, for a crosscoder."""
+        return adapters.Stack(self)
+
+    def layers(self, *, renumber: bool = False) -> adapters.Layers:
+        """Batches as (inputs, targets), each layer to [B, D], with what crosslayer-coding reads of a store."""
+        return adapters.Layers(self, renumber=renumber)
+
+    def clt_stack(self) -> adapters.CltStack:
+        """Batches as [B, 2, L, D]: inputs and targets of every layer, for a cross-layer transcoder."""
+        return adapters.CltStack(self)
+
+    def openmoss(self) -> adapters.OpenMoss:
+        """Batches as hook point to [B, D], with ``tokens`` and ``mask``."""
+        return adapters.OpenMoss(self)
+
+    def sequences(self, *, n_sequences: int = 16, n_tokens: int | None = None) -> Sequences:
+        """Batches as whole sequences in order, hook point to [S, T, D] padded; of a stream of order="sequence"."""
+        return Sequences(self, n_sequences=n_sequences, n_tokens=n_tokens)
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what has been delivered, as a small dict of JSON values."""
-        return self._identity() | {"snapshot": self._snapshot.to_json(), "epoch": self._epoch, "row": self._row}
+        """Return what this rank has delivered, as a small dict of JSON values."""
+        identity = states.identity(self._source, self.settings, self._segments.describe())
+        return states.save(identity, self.settings.share, self._worker, self._position)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go to the place of a saved state: all later batches are those that followed it.
 
-        A dataset that has grown since is read as it was. Raises ``BadInputError`` that says what differs where the
-        state is of another dataset, snapshot or settings.
+        Give a list with the states of all ranks, saved after the same step, to go on with another number of ranks: what
+        is left is dealt to them anew. A dataset that has grown since is read as it was. Raises ``BadInputError`` that
+        says what differs where the state is of another dataset, snapshot, rank or settings.
         """
-        here = self._identity()
-        lines = [
-            f"{name}: the state has {state.get(name)!r}, this stream {value!r}"
-            for name, value in here.items()
-            if state.get(name) != value
-        ]
-        if lines:
-            listed = "\n  ".join(lines)
-            raise BadInputError(
-                f"the state is not of this stream:\n  {listed}\n"
-                "open the same dataset with the same settings (buffer_bytes decides units_per_window)"
-            )
-        try:
-            epoch, row, snapshot = int(state["epoch"]), int(state["row"]), dict(state["snapshot"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInputError(f"the state is no stream state ({type(error).__name__}: {error})") from error
-        self._use(_snapshot(self._reader).restrict(snapshot))
-        self._epoch, self._row, self._turn = epoch, row, self._turn + 1
-
-    def _identity(self) -> dict[str, Any]:
-        spec, settings = self._reader.spec, self.settings
-        # A bit for each stored hook point: with their names a state of 248 of them would not stay under 4 kB.
-        chosen = sum(1 << place for place, name in enumerate(spec.point_names) if name in settings.points)
-        return {
-            "state_version": STATE_VERSION,
-            "dataset_id": spec.dataset_id,
-            "points": f"{len(settings.points)} of {len(spec.point_names)}: {chosen:x}",
-            "batch_size": settings.batch_size,
-            "seed": settings.seed,
-            "endless": settings.epochs is None,
-            "drop_last": settings.drop_last,
-            "units_per_window": self._per_window,
-        }
+        found = [state] if isinstance(state, Mapping) else list(state)
+        snapshot, source = states.snapshot_of(found), self._source
+        if source.filter is not None:
+            source = replace(source, filter=source.filter.restored(found[0]["of"].get("filter")))
+        # Another dataset or setting is named before a snapshot that it does not have.
+        states.check(found, states.identity(source, self.settings, {}))
+        segments = self._segments_of(source, snapshot)
+        states.check(found, states.identity(source, self.settings, segments.describe()))
+        self._segments, self._source = segments, source
+        self.__dict__.pop("normalizer", None)
+        position, worker = states.load(found, self.settings.share, self._course)
+        self._position, self._worker, self._turn = position, worker, self._turn + 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        store = self._reader.store
-        return _restore, (store.url, store.options, asdict(self.settings), self.state_dict())
+        return _restore, (self._origin, self.settings, self.state_dict())
 
     # --- iteration ---
 
-    def _use(self, snapshot: Snapshot) -> None:
+    def _segments_of(self, source: Source, snapshot: Mapping[str, Any] | None) -> Segments:
+        # Of the stream's dataset as it is now, or as it was when a state was saved.
         settings = self.settings
-        if not len(snapshot.shard):
+        if settings.follow:
+            return Waves(self._origin, settings, self._counters)
+        now = source.snapshot()
+        chosen = now if snapshot is None else now.restrict(snapshot)
+        if not len(chosen.shard):
             raise UncommittedShardError(
-                f"{self._reader.store.url} has no committed shard yet; 'actlake ingest' with its job file builds them"
+                f"{self._origin.url} has no committed shard yet; 'actlake ingest' with its job file builds them"
             )
-        if not snapshot.n_kept:
-            raise BadInputError(f"{self._reader.store.url}: every committed row is void, so there is nothing to stream")
-        if settings.drop_last and settings.epochs is not None and snapshot.n_kept < settings.batch_size:
+        dealer = Dealer(source, chosen, self._counters, skip_damaged=settings.on_damage == "skip")
+        nbytes = settings.buffer_nbytes
+        if settings.order == "sequence":
+            self._require_span(dealer, nbytes)
+            return InSequence(dealer, settings.batch_size)
+        per_window = units_per_window(nbytes, source.nbytes_per_row, dealer.rows_per_unit, settings.batch_size)
+        return Epochs(dealer, settings.seed, settings.batch_size, per_window)
+
+    def _require_span(self, dealer: Dealer, nbytes: int) -> None:
+        span = span_of(self._source.spec, dealer.rows_per_unit) * self._source.nbytes_per_row
+        if 2 * span > nbytes:
             raise BadInputError(
-                f"{snapshot.n_kept} rows make no batch of {settings.batch_size}; "
+                f"order='sequence' puts whole shuffle blocks back into order, here {span:,} bytes each, two at a time; "
+                f"buffer_bytes is {nbytes:,}: give buffer_bytes={2 * span}, or fewer hook points"
+            )
+
+    def _check_rows(self) -> None:
+        # What can be known before anything but a filter's columns is read.
+        settings = self.settings
+        if settings.follow:
+            return
+        n_rows = self._segments.rows_of(0) or 0
+        if not n_rows:
+            why = "the filter leaves no row" if self._source.filter is not None else "every committed row is void"
+            raise BadInputError(f"{self._origin.url}: {why}, so there is nothing to stream")
+        group = settings.batch_size * settings.world_size
+        if settings.rows is not None and settings.rows > n_rows:
+            warnings.warn(
+                f"rows = {settings.rows} is more than the {n_rows} rows of {self._origin.url}: rows repeat",
+                UserWarning,
+                stacklevel=4,
+            )
+        if settings.drop_last and settings.rows is None and settings.epochs is not None and n_rows < group:
+            raise BadInputError(
+                f"{n_rows} rows make no batch of {settings.batch_size} on each of {settings.world_size} ranks; "
                 "use a smaller batch_size, or drop_last=False"
             )
-        self._snapshot, self._dealer = snapshot, Dealer(self._reader, settings.points, snapshot)
-        self._per_window = units_per_window(
-            parse_nbytes(settings.buffer_bytes),
-            self._dealer.nbytes_per_row,
-            self._dealer.rows_per_unit,
-            settings.batch_size,
+
+    def _course(self, rank: Share, worker: Share) -> Course:
+        settings, segments = self.settings, self._segments
+        waves = segments.n_waves if isinstance(segments, Waves) else None
+        return Course(
+            rows_of=segments.rows_of,
+            batch_size=settings.batch_size,
+            n_segments=waves if settings.rows is None and waves is not None else self._n_epochs,
+            carry=settings.endless or settings.rows is not None or waves is not None,
+            drop_last=settings.drop_last,
+            budget=settings.rows,
+            rank=rank,
+            worker=worker,
         )
 
+    @property
+    def _n_epochs(self) -> int | None:
+        return None if self.settings.rows is not None else self.settings.epochs
+
     def _iterate(self, turn: int) -> Iterator[TokenBatch]:
-        epochs = self.settings.epochs
-        end = None if epochs is None else (self._epoch // epochs + 1) * epochs
-        run, pid = self._run(end), os.getpid()
+        run, pid = self._run(), os.getpid()
         while True:
             if turn != self._turn:
                 raise BadInputError("this iterator was replaced by a later iter() or load_state_dict(); use that one")
             if pid != os.getpid():
                 # The threads stayed with the parent.
-                run, pid = self._run(end), os.getpid()
+                run, pid = self._run(), os.getpid()
+            begun = time.perf_counter()
             try:
-                batch, self._epoch, self._row = next(run)
+                batch, position = next(run)
             except StopIteration:
                 break
+            finally:
+                self._counters.wall_s += time.perf_counter() - begun
+            self._position = position
             yield batch
             # Not held while the next one is waited for.
             del batch
-        if end is not None:
-            self._epoch, self._row = end, 0
+        course, position = self._begin()
+        self._position = course.finished(position)
 
-    def _run(self, end: int | None) -> Iterator[tuple[TokenBatch, int, int]]:
-        # Yields each batch with the epoch and row that come after it.
-        epoch, row = self._epoch, self._row
-        with Workers(thread_count(self._reader.store.local)) as workers, closing(Memory()) as memory:
-            self._dealer.find_voids(workers)
-            jobs = self._jobs(end)
-            flight = self._begin(next(jobs, None), _Open(), memory, workers)
-            while flight is not None:
+    def _begin(self) -> tuple[Course, Position]:
+        # This process's course, and where it is on it.
+        info = get_worker_info()
+        here = Share() if info is None else Share(index=info.id, count=info.num_workers)
+        if self._worker == Share() and here != Share():
+            self._position, self._worker = split(self._position, here), here
+        if self._worker != here:
+            raise BadInputError(
+                f"the state is of loader process {self._worker.index} of {self._worker.count}, and this is "
+                f"{here.index} of {here.count}; use as many num_workers as it was saved with"
+            )
+        return self._course(self.settings.share, here), self._position
+
+    def _run(self) -> Iterator[tuple[TokenBatch, Position]]:
+        # Yields each batch with the position that comes after it.
+        settings = self.settings
+        course, position = self._begin()
+        n_threads = settings.read_ahead or thread_count(self._source.local)
+        with Workers(n_threads) as workers, closing(Memory(self._source.arrays, settings.batch_size)) as memory:
+            flights = Dispatcher(self._segments, course, memory, workers).flights(position)
+            for flight in self._ahead(flights, n_threads):
+                begun = time.perf_counter()
                 for task in flight.tasks:
                     task.result()
-                if end is not None and flight.job.epoch != epoch:
-                    epoch, row = flight.job.epoch, 0
-                ready, rest = self._split(flight, endless=end is None)
-                done = flight.window
-                flight = self._begin(next(jobs, None), rest, memory, workers)
-                self._dealer.finish(done)
+                self._counters.wait_s += time.perf_counter() - begun
+                deliveries = deque(flight.deliveries)
                 # Delivered batches must not stay in memory through their window.
-                del done
-                while ready:
-                    batch = self._to_batch(*ready.popleft())
-                    row += len(batch)
-                    while end is None and row >= self._snapshot.n_kept:
-                        epoch, row = epoch + 1, row - self._snapshot.n_kept
-                    yield batch, epoch, row
+                del flight
+                while deliveries:
+                    position = deliveries[0].position
+                    batch = self._to_batch(deliveries.popleft(), memory)
+                    if len(batch):
+                        yield batch, position
                     del batch
 
-    def _split(self, flight: _Flight, endless: bool) -> tuple[deque[tuple[Slot, int]], _Open]:
-        # The slots to deliver, each with its rows, and the one that the next window goes on filling.
-        size = self.settings.batch_size
-        slots = flight.window.slots
-        n_full, n_open = divmod(flight.window.filled + flight.window.plan.n_rows, size)
-        ready = deque((slot, size) for slot in slots[:n_full])
-        if not n_open:
-            return ready, _Open()
-        if endless or not flight.job.ends:
-            return ready, _Open(slots=[slots[n_full]], n_rows=n_open)
-        if not self.settings.drop_last:
-            ready.append((slots[n_full], n_open))
-        return ready, _Open()
+    def _ahead(self, flights: Iterator[Flight | None], n_threads: int) -> Iterator[Flight]:
+        # Begins windows before they are waited for: one while there is memory for two, more where they are tiny.
+        waiting: deque[Flight] = deque()
+        n_ahead, ended = 1, False
+        while waiting or not ended:
+            while not ended and len(waiting) <= n_ahead:
+                try:
+                    flight = next(flights)
+                except StopIteration:
+                    ended = True
+                    break
+                if flight is None:
+                    break
+                waiting.append(flight)
+                if len(flight.deliveries) <= 1:
+                    n_ahead = min(_MAX_WINDOWS_AHEAD, -(-_TASKS_AHEAD * n_threads // max(1, flight.n_tasks)))
+            if waiting:
+                yield waiting.popleft()
+            elif not ended:
+                time.sleep(POLL_S / 4)
 
-    def _to_batch(self, slot: Slot, n_rows: int) -> TokenBatch:
-        return slot.to_batch(self.settings.points, n_rows)
+    def _to_batch(self, delivery: Delivery, memory: Memory) -> TokenBatch:
+        settings, keep = self.settings, delivery.undamaged()
+        if delivery.n_rows == settings.batch_size and keep is None:
+            rows = memory.lend(delivery.slot)
+        else:
+            chosen = slice(delivery.n_rows) if keep is None else np.flatnonzero(keep)
+            rows = {name: delivery.slot.rows(name)[chosen].copy() for name in self._source.arrays}
+            memory.give_back(delivery.slot)
+        tensors = {name: self._placed(name, to_tensor(found)) for name, found in rows.items()}
+        n_rows = len(next(iter(rows.values())))
+        self._counters.deliver(n_rows, delivery.n_rows, self._source.nbytes_per_row)
+        return TokenBatch(tensors, delivery.columns(keep), self._labels)
 
-    def _jobs(self, end: int | None) -> Iterator[_Job]:
-        # The windows from the current state on.
-        epoch, row = self._epoch, self._row
-        size, per_unit = self.settings.batch_size, self._dealer.rows_per_unit
-        while end is None or epoch < end:
-            order = epoch_order(self.settings.seed, epoch, self._dealer.unit_ids)
-            n_before = 0
-            for start, stop in window_bounds(len(order), self._per_window, size, per_unit):
-                units = order[start:stop]
-                n_rows = int(self._dealer.kept_U[units].sum())
-                if row < n_before + n_rows:
-                    skip = max(0, row - n_before)
-                    yield _Job(epoch=epoch, units=units, skip=skip, ends=stop == len(order))
-                n_before += n_rows
-            epoch, row = epoch + 1, 0
-
-    def _begin(self, job: _Job | None, rest: _Open, memory: Memory, workers: Workers) -> _Flight | None:
-        if job is None:
-            return None
-        size, arrays = self.settings.batch_size, self._dealer.arrays
-        plan = deal(self._dealer.kept_U[job.units], size, filled=rest.n_rows, skip=job.skip)
-        n_new = -(-(rest.n_rows + plan.n_rows) // size) - len(rest.slots)
-        slots = rest.slots + [Slot(arrays, size, memory) for _ in range(n_new)]
-        window = self._dealer.begin(job.units, plan, slots, rest.n_rows)
-        return _Flight(job=job, window=window, tasks=self._dealer.start(window, workers))
-
-
-def _snapshot(reader: ShardReader) -> Snapshot:
-    table = reader.manifest.table
-    shard, n_rows, n_void = (table[name].to_numpy() for name in ("shard", "n_rows", "n_void"))
-    return Snapshot(shard=shard, n_rows=n_rows, n_void=n_void)
+    def _placed(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        if settings.pin_memory:
+            rows = rows.pin_memory()
+        rows = rows.to(settings.device)
+        if self.normalizer is not None:
+            rows = self.normalizer.apply(rows, name)
+        return rows if settings.dtype is None else rows.to(settings.dtype)
 
 
-def _restore(
-    url: str, options: Mapping[str, Any], settings: Mapping[str, Any], state: Mapping[str, Any]
-) -> ActivationStream:
-    stream = ActivationStream(open_dataset(url, options).reader, StreamSettings(**settings))
+def _restore(origin: Origin, settings: StreamSettings, state: Mapping[str, Any]) -> ActivationStream:
+    stream = ActivationStream(origin, settings)
     stream.load_state_dict(state)
     return stream

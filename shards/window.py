@@ -1,138 +1,211 @@
 """One window of a stream: its chunks decoded by threads, each dealt to the batches in flight while it is in the cache.
 
-A chunk is decoded into a scratch of its thread and copied in stripes (``shards.order``). Gathering rows from a large
-buffer instead would halve the speed.
+A chunk is decoded into a scratch of its thread and copied in stripes (``shards.order``), or decoded straight into a
+batch that takes all of it. Gathering rows from a large buffer instead would halve the speed.
 """
 
-import math
 import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from actlake.shards.batch import Slot
-from actlake.shards.objects import REMEDY, ShardReader, bits_dtype
-from actlake.shards.order import I64, Deal, Snapshot, Units
-from actlake.shards.prefetch import Workers
+from actlake.shards.columns import WindowColumns
+from actlake.shards.counters import Counters
+from actlake.shards.memory import Slot
+from actlake.shards.objects import bits_dtype
+from actlake.shards.order import I64, Move, Scatter, Snapshot, Units
+from actlake.shards.prefetch import Workers, thread_count
+from actlake.shards.source import Source, read_column
 from actlake.storage.arrays import ArraySpec
-from actlake.storage.errors import CorruptObjectError
-from actlake.storage.rowspace import ROLE_VOID
-from actlake.storage.spec import ROW_COLUMNS
+from actlake.storage.errors import DataError
 
-_COLUMNS = tuple(f"rows/{name}" for name in ROW_COLUMNS)
+
+class Plan(Protocol):
+    """Where the kept rows of a window's units go."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that go into batches."""
+
+    def of_unit(self, unit: int) -> Sequence[Move | Scatter]:
+        """Return the moves of the window's unit number ``unit``."""
+
+    def taken(self) -> I64:
+        """Return int64 [n_rows]: where each row that is put out comes among the kept rows of all units."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
     """Units on their way into the batches in flight.
 
-    ``units`` are numbers into the dealer's; ``filled`` rows of the first slot are of the window before. Row columns are
-    gathered in ``columns``, unit by unit, each from its ``first_row`` on.
+    ``units`` are numbers into the dealer's; ``run`` says for each slot how many slots from it on are neighbours in
+    memory; ``first_kept`` where each unit begins among the kept rows of all. ``damaged`` are those of the window's
+    units that could not be read, where that is allowed.
     """
 
     units: I64
-    first_row: I64
-    plan: Deal
-    slots: list[Slot]
-    filled: int
-    columns: dict[str, npt.NDArray[Any]]
+    plan: Plan
+    slots: Sequence[Slot]
+    columns: WindowColumns
+    run: list[int]
+    first_kept: I64
+    damaged: set[int]
+
+    def is_damaged(self, low: int, high: int) -> npt.NDArray[np.bool_]:
+        """Return bool [n]: which of the rows put out from ``low`` to ``high`` could not be read."""
+        place = np.searchsorted(self.first_kept, self.columns.taken[low:high], side="right") - 1
+        return np.isin(place, sorted(self.damaged))
 
 
 class Dealer:
-    """Decodes the units of a snapshot and deals their rows to slots. Thread-safe once ``find_voids`` has returned."""
+    """Decodes the units of a snapshot and deals their rows to slots. Thread-safe once ``kept_U`` is known."""
 
-    def __init__(self, reader: ShardReader, points: tuple[str, ...], snapshot: Snapshot) -> None:
-        self.reader, self.points, self.snapshot = reader, points, snapshot
-        self.arrays: dict[str, ArraySpec] = {name: reader.arrays[name] for name in (*points, *_COLUMNS)}
-        # It divides the shard, since each of the chunk sizes does.
-        self.rows_per_unit = math.lcm(*(self.arrays[point].rows_per_chunk for point in points))
+    def __init__(self, source: Source, snapshot: Snapshot, counters: Counters, *, skip_damaged: bool = False) -> None:
+        self.source, self.snapshot, self.counters = source, snapshot, counters
+        self.rows_per_unit = source.rows_per_unit
         self.units = Units.of(snapshot, self.rows_per_unit)
-        self._shard_rows = dict(zip(snapshot.shard.tolist(), snapshot.n_rows.tolist(), strict=True))
-        #: Rows of each unit that are not void, int64 [U]; right once ``find_voids`` has returned.
-        self.kept_U = self.units.n_rows.copy()
-        self._kept: dict[int, I64] = {}
+        self._kept: dict[int, npt.NDArray[np.uint8]] = {}
+        self._skip_damaged = skip_damaged
         self._scratch = threading.local()
-
-    @property
-    def nbytes_per_row(self) -> int:
-        """Bytes of a row in a batch."""
-        return 8 + sum(array.nbytes_per_row for array in self.arrays.values())
+        self._wanted: set[str] = set()
 
     @property
     def unit_ids(self) -> I64:
         """Number of each unit in the planned row space, int64 [U]."""
-        rows = self.units.shard * self.reader.spec.rows_per_shard + self.units.start
+        rows = self.units.shard * self.source.spec.rows_per_shard + self.units.start
         return rows // self.rows_per_unit
 
-    def find_voids(self, workers: Workers) -> None:
-        """Find the rows to leave out; only shards with void rows are read.
+    @cached_property
+    def kept_U(self) -> I64:
+        """Rows of each unit that are chosen and not void, int64 [U].
 
-        Raises ``CorruptObjectError`` where a shard has another number of void rows than its record says.
+        At first use the shards whose records count void rows are read, all of them where there is a filter.
         """
-        shards = self.snapshot.shard[self.snapshot.n_void > 0].tolist()
-        for shard, role in zip(shards, workers.map(self._roles, shards), strict=True):
-            for unit in np.flatnonzero(self.units.shard == shard).tolist():
-                start, n_rows = int(self.units.start[unit]), int(self.units.n_rows[unit])
-                self._kept[unit] = np.flatnonzero(role[start : start + n_rows] != ROLE_VOID)
-                self.kept_U[unit] = len(self._kept[unit])
+        kept_U = self.units.n_rows.copy()
+        shards = np.flatnonzero((self.snapshot.n_void > 0) | (self.source.filter is not None)).tolist()
+        if not shards:
+            return kept_U
+        with Workers(thread_count(self.source.local)) as workers:
+            for index, kept in zip(shards, workers.map(self._chosen, shards), strict=True):
+                shard = int(self.snapshot.shard[index])
+                for unit in range(*np.searchsorted(self.units.shard, [shard, shard + 1]).tolist()):
+                    start, n_rows = int(self.units.start[unit]), int(self.units.n_rows[unit])
+                    mine = kept[start : start + n_rows]
+                    kept_U[unit] = int(mine.sum())
+                    if kept_U[unit] < n_rows:
+                        self._kept[unit] = np.packbits(mine)
+        return kept_U
 
-    def begin(self, units: I64, plan: Deal, slots: list[Slot], filled: int) -> Window:
-        """Return a window with memory for its row columns."""
-        first_row = np.cumsum(np.append(0, self.kept_U[units]))
-        n_rows = int(first_row[-1])
-        columns = {name: np.empty(n_rows, dtype=self.arrays[name].numpy_dtype) for name in _COLUMNS}
-        columns["row"] = np.empty(n_rows, dtype=np.int64)
-        return Window(units=units, first_row=first_row, plan=plan, slots=slots, filled=filled, columns=columns)
+    def _chosen(self, index: int) -> npt.NDArray[np.bool_]:
+        shard, n_rows = int(self.snapshot.shard[index]), int(self.snapshot.n_rows[index])
+        kept = np.ones(n_rows, dtype=bool)
+        if self.source.filter is not None:
+            kept &= self.source.filter.mask(shard, 0, n_rows)
+        if self.snapshot.n_void[index]:
+            kept &= ~self.source.voids(shard, n_rows)
+        return kept
+
+    def begin(self, units: I64, plan: Plan, slots: Sequence[Slot]) -> Window:
+        """Return a window; nothing is read yet."""
+        damaged: set[int] = set()
+
+        def read(name: str, place: int) -> npt.NDArray[Any]:
+            unit = int(units[place])
+            # Rows that are left out need no columns, which may be lost as well.
+            return np.zeros(self.kept_U[unit], np.uint8) if place in damaged else self._column(name, unit)
+
+        return Window(
+            units=units,
+            plan=plan,
+            slots=slots,
+            columns=WindowColumns(len(units), plan.taken, read, self._wanted),
+            run=_runs(slots),
+            first_kept=np.cumsum(np.append(0, self.kept_U[units]))[:-1],
+            damaged=damaged,
+        )
 
     def start(self, window: Window, workers: Workers) -> "list[Future[None]]":
-        """Start the window's tasks: for each unit one a hook point, and one for its row columns."""
-        places = np.flatnonzero(np.diff(window.plan.first_piece)).tolist()
-        tasks = [(window, place, name) for place in places for name in (*self.points, "")]
-        return [workers.submit(self._run, task) for task in tasks]
+        """Start the window's tasks: for each unit one a hook point, and one for each row column in demand."""
+        n_units = len(window.units)
+        tasks = [(window, place, name) for place in range(n_units) for name in self.source.points]
+        columns = [workers.submit(self._load, (window, name)) for name in sorted(self._wanted)]
+        return workers.share(self._deal, tasks) + columns
 
-    def finish(self, window: Window) -> None:
-        """Deal the row columns, once all tasks are done: a gather a batch, since stripes of them would be tiny."""
-        size, n_rows = len(window.slots[0].rows["row"]) if window.slots else 1, window.plan.n_rows
-        for number, slot in enumerate(window.slots):
-            low, high = (min(max(edge * size, window.filled), window.filled + n_rows) for edge in (number, number + 1))
-            taken = window.plan.taken[low - window.filled : high - window.filled]
-            for name, column in window.columns.items():
-                np.take(column, taken, out=slot.rows[name][low - number * size : high - number * size], mode="clip")
+    def _deal(self, task: tuple[Window, int, str]) -> None:
+        window, place, name = task
+        moves = window.plan.of_unit(place)
+        if place in window.damaged or not moves:
+            return
+        unit = int(window.units[place])
+        begun = time.perf_counter()
+        try:
+            straight = self._straight(window, unit, moves, name)
+            rows = self._decode(name, unit, straight)
+        except DataError as error:
+            if not self._skip_damaged:
+                raise
+            window.damaged.add(place)
+            self.counters.damage(int(self.units.shard[unit]), error)
+            return
+        decoded = time.perf_counter()
+        if straight is None:
+            for move in moves:
+                _put(window, name, rows, move)
+        self.counters.unit(decoded - begun, time.perf_counter() - decoded)
 
-    def _run(self, task: tuple[Window, int, str]) -> None:
-        window, place, point = task
-        if point:
-            self._deal(window, place, point)
-        else:
-            self._gather(window, place)
+    def _load(self, task: tuple[Window, str]) -> None:
+        window, name = task
+        try:
+            window.columns.load(name)
+        except DataError:
+            # Whether those rows are left out is known once the window is decoded; if not, `gather` raises this again.
+            if not self._skip_damaged:
+                raise
 
-    def _deal(self, window: Window, place: int, point: str) -> None:
-        rows = self._decode(point, int(window.units[place]))
-        for source, batch, target, length in window.plan.of_unit(place):
-            window.slots[batch].rows[point][target : target + length] = rows[source : source + length]
+    def _straight(
+        self, window: Window, unit: int, moves: Sequence[Move | Scatter], name: str
+    ) -> npt.NDArray[Any] | None:
+        # A batch's memory, where it takes all rows of a unit one after another.
+        if len(moves) > 1 or isinstance(moves[0], Scatter):
+            return None
+        source, batch, target, length, count = moves[0]
+        n_rows = int(self.units.n_rows[unit])
+        whole = n_rows % self.source.arrays[name].rows_per_chunk == 0 and unit not in self._kept
+        if not whole or count > 1 or source or length != n_rows:
+            return None
+        return window.slots[batch].rows(name)[target : target + length]
 
-    def _gather(self, window: Window, place: int) -> None:
-        unit, target = int(window.units[place]), slice(*window.first_row[place : place + 2].tolist())
-        for name in _COLUMNS:
-            window.columns[name][target] = self._decode(name, unit)
-        stored = int(self.units.shard[unit]) * self.reader.spec.rows_per_shard + int(self.units.start[unit])
-        rows = np.arange(stored, stored + int(self.units.n_rows[unit]), dtype=np.int64)
-        window.columns["row"][target] = rows[self._kept[unit]] if unit in self._kept else rows
-
-    def _decode(self, name: str, unit: int) -> npt.NDArray[Any]:
+    def _decode(self, name: str, unit: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        reader, array = self.source.points[name]
         shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
-        rows = self._read(self.arrays[name], shard, start, start + n_rows)
-        return rows[self._kept[unit]] if unit in self._kept else rows
+        if out is None:
+            step = array.rows_per_chunk
+            out = self._memory(array, -(-n_rows // step) * step)
+        reader.read_rows(array, shard, start, start + n_rows, out)
+        return self._only_kept(unit, out[:n_rows])
 
-    def _read(self, array: ArraySpec, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
-        step = array.rows_per_chunk
-        first = start // step * step
-        rows = self._memory(array, -(-(stop - first) // step) * step)
-        self.reader.read_rows(array, shard, first, stop, rows)
-        return rows[start - first : stop - first]
+    def _column(self, name: str, unit: int) -> npt.NDArray[Any]:
+        shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
+        if name == "row":
+            first = shard * self.source.spec.rows_per_shard + start
+            return self._only_kept(unit, np.arange(first, first + n_rows, dtype=np.int64))
+        return self._only_kept(unit, read_column(self.source.columns, name, shard, start, start + n_rows))
+
+    def kept(self, unit: int) -> npt.NDArray[np.bool_]:
+        """Return bool [n]: which of a unit's stored rows are chosen and not void."""
+        n_rows = int(self.units.n_rows[unit])
+        if unit not in self._kept:
+            return np.ones(n_rows, dtype=bool)
+        return np.unpackbits(self._kept[unit], count=n_rows).view(bool)
+
+    def _only_kept(self, unit: int, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return rows[self.kept(unit)] if unit in self._kept else rows
 
     def _memory(self, array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
         nbytes = n_rows * array.nbytes_per_row
@@ -141,12 +214,25 @@ class Dealer:
             memory = self._scratch.memory = np.empty(nbytes, dtype=np.uint8)
         return memory[:nbytes].view(bits_dtype(array)).reshape(array.shape(n_rows))
 
-    def _roles(self, shard: int) -> npt.NDArray[Any]:
-        n_rows = self._shard_rows[shard]
-        role = self._read(self.arrays["rows/role"], shard, 0, n_rows).copy()
-        expected = self.reader.record(shard).n_void
-        if (found := int((role == ROLE_VOID).sum())) != expected:
-            raise CorruptObjectError(
-                f"{self.reader.store.url}: shard {shard} has {found} void rows, its record says {expected}; {REMEDY}"
-            )
-        return role
+
+def _put(window: Window, name: str, rows: npt.NDArray[Any], move: Move | Scatter) -> None:
+    if isinstance(move, Scatter):
+        window.slots[move.batch].rows(name)[move.target] = rows[move.source]
+        return
+    source, batch, target, length, count = move
+    while count:
+        n = min(count, window.run[batch])
+        slot = window.slots[batch]
+        part = rows[source : source + n * length]
+        into = slot.slab.arrays[name][slot.place : slot.place + n, target : target + length]
+        into[...] = part.reshape(into.shape)
+        source, batch, count = source + n * length, batch + n, count - n
+
+
+def _runs(slots: Sequence[Slot]) -> list[int]:
+    run = [1] * len(slots)
+    for place in range(len(slots) - 2, -1, -1):
+        here, after = slots[place], slots[place + 1]
+        if here.slab is after.slab and after.place == here.place + 1:
+            run[place] = run[place + 1] + 1
+    return run

@@ -18,7 +18,8 @@ from actlake.storage.codecs import Codec
 from actlake.storage.errors import CorruptObjectError
 
 _ABSENT = np.uint64(2**64 - 1)
-_CRC_NBYTES = 4
+#: Bytes of the checksum that ends a chunk and a shard index.
+CRC_NBYTES = 4
 
 #: Maps a function over items in order, as ``map`` or an executor's ``map`` does.
 Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -55,7 +56,7 @@ class ArraySpec:
     @property
     def index_nbytes(self) -> int:
         """Size of the shard index with its checksum, at the end of every shard object."""
-        return 16 * self.chunks_per_shard + _CRC_NBYTES
+        return 16 * self.chunks_per_shard + CRC_NBYTES
 
     def shape(self, n_rows: int) -> tuple[int, ...]:
         """Return the shape of ``n_rows`` rows of this array."""
@@ -114,7 +115,7 @@ def encode_shard(array: ArraySpec, rows: npt.NDArray[Any], mapper: Mapper = map)
     index[: len(parts), 0] = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     index[: len(parts), 1] = lengths
     index_crc = crc32c(index.tobytes())
-    parts.append(index.tobytes() + index_crc.to_bytes(_CRC_NBYTES, "little"))
+    parts.append(index.tobytes() + index_crc.to_bytes(CRC_NBYTES, "little"))
     whole = 0
     for part in parts:
         whole = crc32c(part, whole)
@@ -129,7 +130,7 @@ def _encode_chunk(array: ArraySpec, rows: npt.NDArray[Any]) -> bytes:
         chunk = padded
     # Blosc takes its typesize from the buffer, and no buffer is of type bfloat16.
     data = array.codec.encode(chunk.view("<u2") if array.dtype == "bfloat16" else chunk)
-    return data + crc32c(data).to_bytes(_CRC_NBYTES, "little")
+    return data + crc32c(data).to_bytes(CRC_NBYTES, "little")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +149,14 @@ class ShardIndex:
         """
         if len(tail) != array.index_nbytes:
             raise CorruptObjectError(f"{where}: the shard index has {len(tail)} bytes, {array.index_nbytes} expected")
-        expected, found = int.from_bytes(tail[-_CRC_NBYTES:], "little"), crc32c(tail[:-_CRC_NBYTES])
+        expected, found = int.from_bytes(tail[-CRC_NBYTES:], "little"), crc32c(tail[:-CRC_NBYTES])
         if expected != found:
             raise CorruptObjectError(f"{where}: shard index crc32c expected {expected:#010x}, found {found:#010x}")
-        table = np.frombuffer(tail[:-_CRC_NBYTES], dtype="<u8").reshape(-1, 2)
+        table = np.frombuffer(tail[:-CRC_NBYTES], dtype="<u8").reshape(-1, 2)
         n_chunks = -(-n_rows // array.rows_per_chunk)
         limit = nbytes - array.index_nbytes
         for chunk, (offset, length) in enumerate(table[:n_chunks].tolist()):
-            if offset + length > limit or length < _CRC_NBYTES:
+            if offset + length > limit or length < CRC_NBYTES:
                 raise CorruptObjectError(f"{where}, chunk {chunk}: absent or outside of the object's {nbytes} bytes")
         return cls(offsets=table[:, 0], lengths=table[:, 1], crc32c=found)
 
@@ -166,16 +167,21 @@ def decode_chunk(array: ArraySpec, data: bytes | memoryview, out: npt.NDArray[An
     Raises ``CorruptObjectError`` naming ``where`` and both checksums.
     """
     view = memoryview(data)
-    expected, found = int.from_bytes(view[-_CRC_NBYTES:], "little"), crc32c(view[:-_CRC_NBYTES])
+    check_chunk(view[:-CRC_NBYTES], view[-CRC_NBYTES:], where)
+    try:
+        array.codec.decode(view[:-CRC_NBYTES], out)
+    except (ValueError, RuntimeError) as error:
+        raise CorruptObjectError(f"{where}: the chunk does not decode ({error})") from error
+
+
+def check_chunk(data: memoryview, checksum: bytes | memoryview, where: str) -> None:
+    """Raise ``CorruptObjectError`` where a stored chunk has not the crc32c that follows it."""
+    expected, found = int.from_bytes(checksum, "little"), crc32c(data)
     if expected != found:
         raise CorruptObjectError(
             f"{where}: crc32c expected {expected:#010x}, found {found:#010x}; "
             "run 'actlake verify --repair' on the dataset, then 'actlake ingest' rebuilds the shard"
         )
-    try:
-        array.codec.decode(view[:-_CRC_NBYTES], out)
-    except (ValueError, RuntimeError) as error:
-        raise CorruptObjectError(f"{where}: the chunk does not decode ({error})") from error
 
 
 def chunk_rows(array: ArraySpec, start: int, stop: int) -> Sequence[int]:

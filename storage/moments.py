@@ -1,12 +1,12 @@
-"""Statistics of a hook point that merge exactly: count, mean and M2 per channel, mean norm, in float64.
+"""Statistics of a hook point that merge exactly: moments per channel in float64, the norms, the largest rows.
 
 Shards are folded by a fixed binary tree over shard numbers, never in order of arrival, so that the result reproduces.
 """
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actlake.storage.arrays import Mapper
+from actlake.storage.errors import DataError
+from actlake.storage.norms import F64, I64, NormHistogram, OutlierRow, largest, merge_largest
+
+T = TypeVar("T")
+M = TypeVar("M", bound="Moments")
 
 #: 1,024 x 640 in float64 is 5 MiB. Part of the format: another size rounds differently.
 _PIECE_ROWS = 1024
 
-F64 = npt.NDArray[np.float64]
-
+#: The columns from ``n_nonfinite`` on are absent where an earlier actlake wrote the file; they then read as nulls.
 _SCHEMA = pa.schema(
     [
         ("hook_point", pa.string()),
@@ -27,47 +31,104 @@ _SCHEMA = pa.schema(
         ("norm_mean", pa.float64()),
         ("mean", pa.list_(pa.float64())),
         ("m2", pa.list_(pa.float64())),
+        ("n_nonfinite", pa.int64()),
+        ("norm_bins", pa.list_(pa.int64())),
+        ("norm_counts", pa.list_(pa.int64())),
+        ("outlier_rows", pa.list_(pa.int64())),
+        ("outlier_norms", pa.list_(pa.float64())),
     ]
 )
 
 
+class OutlierChannel(NamedTuple):
+    """A channel that holds much of the energy: ``share`` of the sum of all squares."""
+
+    channel: int
+    mean: float
+    std: float
+    share: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
-    """Moments of ``count`` rows: ``mean`` and ``m2`` are float64 [D], ``m2`` the sum of squared deviations."""
+    """Statistics of ``count`` rows: ``mean`` and ``m2`` are float64 [D], ``m2`` the sum of squared deviations.
+
+    Rows that hold a value which is not finite are counted in ``n_nonfinite`` alone. ``outlier_rows`` are the 16 of the
+    largest norms, largest first. The last three are None where an earlier actlake stored the statistics.
+    """
 
     count: int
     mean: F64
     m2: F64
     norm_mean: float
+    n_nonfinite: int | None = None
+    norm_histogram: NormHistogram | None = None
+    outlier_rows: tuple[OutlierRow, ...] | None = None
 
     @classmethod
     def empty(cls, width: int) -> Self:
-        """Return the moments of no rows, the neutral element of ``merge``."""
-        return cls(count=0, mean=np.zeros(width), m2=np.zeros(width), norm_mean=0.0)
+        """Return the statistics of no rows, the neutral element of ``merge``."""
+        return cls(
+            count=0,
+            mean=np.zeros(width),
+            m2=np.zeros(width),
+            norm_mean=0.0,
+            n_nonfinite=0,
+            norm_histogram=NormHistogram.of(np.zeros(0)),
+            outlier_rows=(),
+        )
 
     @classmethod
-    def of(cls, rows: npt.NDArray[Any]) -> Self:
-        """Return the moments of ``rows`` [n, D] of any float type, in float64."""
-        if len(rows) == 0:
-            return cls.empty(rows.shape[1])
+    def of(cls, rows: npt.NDArray[Any], numbers: I64 | None = None) -> Self:
+        """Return the statistics of ``rows`` [n, D] of any float type.
+
+        ``numbers``, int64 [n], are the rows' numbers in the dataset; by default they count from 0.
+        """
+        return cls._of_pieces([cls._of_piece(rows)], numbers)
+
+    @classmethod
+    def _of_piece(cls, rows: npt.NDArray[Any]) -> tuple[Self, F64]:
+        """Return the moments of the finite rows, and the norms of all, float64 [n]."""
         x = rows.astype(np.float64)
-        norm_mean = float(np.sqrt(np.einsum("nd,nd->n", x, x)).mean())
+        norms = kept = np.sqrt(np.einsum("nd,nd->n", x, x))
+        n_nonfinite = int((~(finite := np.isfinite(norms))).sum())
+        if n_nonfinite:
+            x, kept = x[finite], norms[finite]
+        if not len(x):
+            return replace(cls.empty(rows.shape[1]), n_nonfinite=n_nonfinite), norms
         mean = x.mean(axis=0)
         x -= mean
-        return cls(count=len(rows), mean=mean, m2=np.einsum("nd,nd->d", x, x), norm_mean=norm_mean)
+        m2 = np.einsum("nd,nd->d", x, x)
+        return cls(count=len(x), mean=mean, m2=m2, norm_mean=float(kept.mean()), n_nonfinite=n_nonfinite), norms
+
+    @classmethod
+    def _of_pieces(cls, pieces: Sequence[tuple[Self, F64]], numbers: I64 | None) -> Self:
+        # Histogram and largest rows do not depend on the tree: once for all pieces is cheaper.
+        norms = np.concatenate([norms for _, norms in pieces])
+        chosen = np.flatnonzero(np.isfinite(norms))
+        return replace(
+            fold_list([moments for moments, _ in pieces]),
+            norm_histogram=NormHistogram.of(norms[chosen]),
+            outlier_rows=largest(chosen if numbers is None else numbers[chosen], norms[chosen]),
+        )
 
     def merge(self, other: Self) -> Self:
-        """Return the moments of both sets of rows (Chan, Golub, LeVeque 1979, eq. 2.1)."""
-        if not self.count or not other.count:
-            return self if self.count else other
+        """Return the statistics of both sets of rows (Chan, Golub, LeVeque 1979, eq. 2.1)."""
+        if not other.count and not other.n_nonfinite:
+            return self
+        if not self.count and not self.n_nonfinite:
+            return other
         count = self.count + other.count
-        share = other.count / count
+        share = other.count / count if count else 0.0
         delta = other.mean - self.mean
         return type(self)(
             count=count,
             mean=self.mean + delta * share,
             m2=self.m2 + other.m2 + delta * delta * (self.count * share),
             norm_mean=self.norm_mean + (other.norm_mean - self.norm_mean) * share,
+            n_nonfinite=_both(int.__add__, self.n_nonfinite, other.n_nonfinite),
+            norm_histogram=_both(NormHistogram.merge, self.norm_histogram, other.norm_histogram),
+            outlier_rows=_both(merge_largest, self.outlier_rows, other.outlier_rows),
         )
 
     @property
@@ -80,15 +141,47 @@ class Moments:
         """Mean of the rows' squared norms."""
         return float(np.sum(self.variance) + np.sum(self.mean * self.mean))
 
+    @property
+    def unit_scale(self) -> float:
+        """The scalar that makes the mean squared norm 1 (Gemma Scope); NaN where every row is zero."""
+        return _ratio(1.0, self.mean_squared_norm**0.5)
 
-def of_shard(rows: npt.NDArray[Any], mapper: Mapper = map) -> Moments:
-    """Return the moments of a shard's ``rows`` [n, D]: of pieces of 1,024, merged by a fixed tree.
+    @property
+    def sqrt_d_scale(self) -> float:
+        """The scalar that makes the mean norm sqrt(D) (sae-lens: expected_average_only_in); NaN as above."""
+        return _ratio(len(self.mean) ** 0.5, self.norm_mean)
 
-    ``mapper`` may spread the pieces over threads.
+    @property
+    def median_norm(self) -> float:
+        """Median of the rows' norms, within 0.8 %; NaN where there are no rows.
+
+        Raises ``DataError`` where an earlier actlake stored the statistics, without norms.
+        """
+        if self.norm_histogram is None:
+            raise DataError(
+                "these statistics have no median norm, since an earlier actlake stored them; "
+                "'actlake stats DATASET --from-rows' computes it from the rows"
+            )
+        return self.norm_histogram.quantile(0.5)
+
+    def outlier_channels(self, threshold: float = 0.01) -> tuple[OutlierChannel, ...]:
+        """Return the channels that hold a share ``threshold`` or more of the sum of all squares, largest first."""
+        squares = self.variance + self.mean * self.mean
+        shares = squares / (np.sum(squares) or 1.0)
+        order = np.argsort(-shares, kind="stable")
+        chosen = order[shares[order] >= threshold]
+        found = zip(chosen, self.mean[chosen], np.sqrt(self.variance[chosen]), shares[chosen], strict=True)
+        return tuple(OutlierChannel(int(i), float(mean), float(std), float(share)) for i, mean, std, share in found)
+
+
+def of_shard(rows: npt.NDArray[Any], mapper: Mapper = map, numbers: I64 | None = None) -> Moments:
+    """Return the statistics of a shard's ``rows`` [n, D]: of pieces of 1,024, merged by a fixed tree.
+
+    ``mapper`` may spread the pieces over threads; ``numbers`` are those of ``Moments.of``.
     """
     starts = range(0, len(rows), _PIECE_ROWS)
-    pieces = list(mapper(lambda start: Moments.of(rows[start : start + _PIECE_ROWS]), starts))
-    return fold_list(pieces) if pieces else Moments.empty(rows.shape[1])
+    pieces = list(mapper(lambda start: Moments._of_piece(rows[start : start + _PIECE_ROWS]), starts))
+    return Moments._of_pieces(pieces, numbers) if pieces else Moments.empty(rows.shape[1])
 
 
 def fold(parts: Mapping[int, Moments], width: int) -> Moments:
@@ -101,7 +194,7 @@ def fold(parts: Mapping[int, Moments], width: int) -> Moments:
     return fold_list(level)
 
 
-def fold_list(level: Sequence[Moments]) -> Moments:
+def fold_list(level: Sequence[M]) -> M:
     """Merge neighbours pairwise until one is left; an odd last one moves up as it is."""
     while len(level) > 1:
         level = [a.merge(b) for a, b in zip(level[::2], level[1::2], strict=False)] + list(level[len(level) & ~1 :])
@@ -110,28 +203,54 @@ def fold_list(level: Sequence[Moments]) -> Moments:
 
 def to_parquet(moments: Mapping[str, Moments]) -> bytes:
     """Return a shard's statistics file: one row per hook point."""
-    columns = {
-        "hook_point": list(moments),
-        "count": [m.count for m in moments.values()],
-        "norm_mean": [m.norm_mean for m in moments.values()],
-        "mean": [m.mean for m in moments.values()],
-        "m2": [m.m2 for m in moments.values()],
-    }
+    rows = [{"hook_point": name} | _to_row(m) for name, m in moments.items()]
     sink = io.BytesIO()
     # Doubles of this kind do not compress; without it the bytes do not depend on a compressor's version.
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="none", use_dictionary=False)
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink, compression="none", use_dictionary=False)
     return sink.getvalue()
 
 
 def from_parquet(data: bytes) -> dict[str, Moments]:
-    """Read what ``to_parquet`` wrote."""
+    """Read what ``to_parquet`` wrote, or that of an earlier actlake."""
     rows = pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist()
+    return {row["hook_point"]: _from_row(row) for row in rows}
+
+
+def _to_row(moments: Moments) -> dict[str, Any]:
+    norms, outliers = moments.norm_histogram, moments.outlier_rows
     return {
-        row["hook_point"]: Moments(
-            count=row["count"],
-            mean=np.array(row["mean"], dtype=np.float64),
-            m2=np.array(row["m2"], dtype=np.float64),
-            norm_mean=row["norm_mean"],
-        )
-        for row in rows
+        "count": moments.count,
+        "norm_mean": moments.norm_mean,
+        "mean": moments.mean,
+        "m2": moments.m2,
+        "n_nonfinite": moments.n_nonfinite,
+        "norm_bins": None if norms is None else norms.bins,
+        "norm_counts": None if norms is None else norms.counts,
+        "outlier_rows": None if outliers is None else [item.row for item in outliers],
+        "outlier_norms": None if outliers is None else [item.norm for item in outliers],
     }
+
+
+def _from_row(row: Mapping[str, Any]) -> Moments:
+    norms = outliers = None
+    if row["norm_bins"] is not None:
+        norms = NormHistogram(bins=np.array(row["norm_bins"], np.int64), counts=np.array(row["norm_counts"], np.int64))
+    if row["outlier_rows"] is not None:
+        outliers = tuple(map(OutlierRow, row["outlier_rows"], row["outlier_norms"]))
+    return Moments(
+        count=row["count"],
+        mean=np.array(row["mean"], dtype=np.float64),
+        m2=np.array(row["m2"], dtype=np.float64),
+        norm_mean=row["norm_mean"],
+        n_nonfinite=row["n_nonfinite"],
+        norm_histogram=norms,
+        outlier_rows=outliers,
+    )
+
+
+def _both(merge: Callable[[T, T], T], left: T | None, right: T | None) -> T | None:
+    return None if left is None or right is None else merge(left, right)
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else float("nan")

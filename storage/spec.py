@@ -118,9 +118,14 @@ class DatasetSpec:
     @property
     def row_space_id(self) -> str:
         """Equal for datasets whose rows line up: across hook points and models."""
+        return content_hash(self.row_space_fields)
+
+    @property
+    def row_space_fields(self) -> dict[str, Any]:
+        """What decides which token has which row number, as JSON values."""
         names = ("corpus_id", "split", "keep", "seed", "order", "rows_per_shard", "rows_per_block")
         value = self.to_json()
-        return content_hash({name: value[name] for name in names})
+        return {name: value[name] for name in names}
 
     def difference(self, other: "DatasetSpec") -> list[str]:
         """Return one line for each field that differs, ``name: here 1, there 2``."""

@@ -63,10 +63,10 @@ class Store:
 
     def path(self, key: str) -> str:
         """Return the file system's own path of ``key``; raise ``BadInputError`` for a key that leaves the folder."""
-        parts = PurePosixPath(key).parts
+        parts = [part for part in key.split("/") if part not in ("", ".")]
         if key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
             raise BadInputError(f"key {key!r} leaves its folder")
-        return f"{self.root}/{'/'.join(parts)}" if parts else self.root
+        return "/".join([self.root, *parts])
 
     def child(self, key: str) -> Self:
         """Return the store of a folder below this one."""
@@ -89,6 +89,26 @@ class Store:
                 offset = start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start)
                 length = stop - start if start >= 0 else -start
                 return os.pread(file.fileno(), length, offset)
+
+    def read_into(self, key: str, start: int, *into: memoryview) -> int:
+        """Fill buffers, one after another, with an object's bytes from ``start`` on; return how many bytes came.
+
+        A buffer that is used again saves the kernel handing out fresh memory for every read: up to 1 CPU second per GB.
+        """
+        if not self.local:
+            data = memoryview(self.read_range(key, start, start + sum(view.nbytes for view in into)))
+            place = 0
+            for view in into:
+                part = data[place : place + view.nbytes]
+                view[: part.nbytes] = part
+                place += part.nbytes
+            return place
+        with self._named(key):
+            handle = os.open(self.path(key), os.O_RDONLY)
+            try:
+                return os.preadv(handle, into, start)
+            finally:
+                os.close(handle)
 
     def write(self, key: str, *parts: bytes | memoryview) -> None:
         """Store the parts as one object, replacing any other under that key; it appears whole or not at all.

@@ -4,18 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actlake.jobs.catalog import catalog
+    from actlake.shards.align import align
     from actlake.shards.dataset import ActivationDataset, open  # noqa: A004  (what users type)
     from actlake.storage.errors import ActlakeError
     from actlake.storage.hookpoints import HookPoint
 
 __version__ = "0.1.0.dev0"
-__all__ = ["ActivationDataset", "ActlakeError", "HookPoint", "__version__", "open"]
+__all__ = ["ActivationDataset", "ActlakeError", "HookPoint", "__version__", "align", "catalog", "open"]
 
 # Loaded at first use: numpy and pyarrow take half a second, which a mistyped command line should not cost.
 _HOMES = {
     "ActivationDataset": "actlake.shards.dataset",
     "ActlakeError": "actlake.storage.errors",
     "HookPoint": "actlake.storage.hookpoints",
+    "align": "actlake.shards.align",
+    "catalog": "actlake.jobs.catalog",
     "open": "actlake.shards.dataset",
 }
 

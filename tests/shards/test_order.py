@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actlake.shards.order import Deal, Snapshot, Units, deal, epoch_order, units_per_window, window_bounds
+from actlake.shards.order import Deal, Scatter, Snapshot, Units, deal, epoch_order, units_per_window, window_bounds
 from actlake.storage.errors import BadInputError
 
 KEPT = st.lists(st.integers(0, 70), min_size=1, max_size=12)
@@ -33,32 +33,49 @@ def dealt(plan: Deal, n_units: int, batch_size: int) -> dict[int, tuple[int, int
     """Carry out a plan row by row: place over all batches to (unit, row)."""
     places: dict[int, tuple[int, int]] = {}
     for unit in range(n_units):
-        for source, batch, target, length in plan.of_unit(unit):
+        for move in plan.of_unit(unit):
+            assert not isinstance(move, Scatter)
+            source, batch, target, length, count = move
             assert length > 0
             assert target + length <= batch_size
-            for i in range(length):
-                place = batch * batch_size + target + i
+            for i in range(length * count):
+                place = (batch + i // length) * batch_size + target + i % length
                 assert place not in places
                 places[place] = (unit, source + i)
     return places
 
 
-@given(kept=KEPT, batch_size=st.integers(1, 90), filled=st.integers(0, 89), skip=st.integers(0, 400))
-def test_deal_puts_each_row_where_the_text_says(kept: list[int], batch_size: int, filled: int, skip: int) -> None:
+@given(
+    kept=KEPT,
+    batch_size=st.integers(1, 90),
+    filled=st.integers(0, 89),
+    skip=st.integers(0, 400),
+    take=st.none() | st.integers(0, 400),
+)
+def test_deal_puts_each_row_where_the_text_says(
+    kept: list[int], batch_size: int, filled: int, skip: int, take: int | None
+) -> None:
     filled, skip = filled % batch_size, min(skip, sum(kept))
-    plan = deal(kept, batch_size, filled=filled, skip=skip)
-    wanted = output_sequence(kept, batch_size)[skip:]
+    plan = deal(kept, batch_size, filled=filled, skip=skip, take=take)
+    wanted = output_sequence(kept, batch_size)[skip:][:take]
     assert plan.n_rows == len(wanted)
     starts = np.cumsum([0, *kept]).tolist()
-    assert plan.taken.tolist() == [starts[unit] + row for unit, row in wanted]
+    assert plan.taken().tolist() == [starts[unit] + row for unit, row in wanted]
     assert dealt(plan, len(kept), batch_size) == {filled + i: item for i, item in enumerate(wanted)}
+
+
+def test_a_whole_unit_goes_to_all_batches_of_a_regular_window_in_one_move() -> None:
+    plan = deal([1024] * 64, 4096)
+    assert [plan.of_unit(unit) for unit in (0, 5)] == [[(0, 0, 0, 64, 16)], [(0, 0, 320, 64, 16)]]
 
 
 def test_every_batch_of_a_window_has_rows_of_all_its_units() -> None:
     plan = deal([64] * 10, 64)
     for unit in range(10):
-        assert [batch for _, batch, _, _ in plan.of_unit(unit)] == list(range(10))
-        assert {length for _, _, _, length in plan.of_unit(unit)} == {6, 7}
+        striped = [move for move in plan.of_unit(unit) if not isinstance(move, Scatter)]
+        moves = [(batch + i, length) for _, batch, _, length, count in striped for i in range(count)]
+        assert [batch for batch, _ in moves] == list(range(10))
+        assert {length for _, length in moves} == {6, 7}
 
 
 @given(
@@ -75,20 +92,22 @@ def test_windows_cut_the_epoch_into_pieces_that_fit(
     assert per_window * rows_per_unit * 100 <= buffer_nbytes // 2 or (per_window - 1) * rows_per_unit < batch_size
     bounds = window_bounds(n_units, per_window, batch_size, rows_per_unit)
     assert [place for start, stop in bounds for place in range(start, stop)] == list(range(n_units))
-    assert all(stop - start <= per_window for start, stop in bounds[:-1])
-    # The last takes what rounding to whole batches left: at most a batch more.
-    assert bounds[-1][1] - bounds[-1][0] < per_window + -(-batch_size // rows_per_unit) * rows_per_unit
+    assert all(stop - start <= per_window for start, stop in bounds)
 
 
-def test_windows_are_of_whole_batches_where_the_buffer_holds_some() -> None:
+def test_windows_are_a_power_of_two_of_whole_batches_where_the_buffer_holds_some() -> None:
     assert units_per_window(1 << 20, 64, 1024, 4096) == 8
-    assert window_bounds(20, 8, 4096, 1024) == [(0, 4), (4, 12), (12, 20)]
-    assert units_per_window(1, 64, 1024, 4096) == 4
+    assert units_per_window(7 << 18, 64, 1024, 4096) == 8
+    assert units_per_window(1 << 21, 64, 1024, 3000) == 16
+    assert units_per_window(1 << 27, 64, 1024, 3000) == 750
+    assert units_per_window(0, 64, 1024, 4096) == 4
 
 
 def test_the_last_window_is_not_a_remnant() -> None:
-    sizes = [stop - start for start, stop in window_bounds(101, 50, 1, 1)]
-    assert sizes == [33, 34, 34]
+    assert window_bounds(101, 50, 1, 1) == [(0, 50), (50, 75), (75, 101)]
+    assert window_bounds(20, 8, 4096, 1024) == [(0, 8), (8, 16), (16, 20)]
+    assert window_bounds(24, 16, 4096, 1024) == [(0, 12), (12, 24)]
+    assert window_bounds(3, 8, 4096, 1024) == [(0, 3)]
 
 
 def test_epoch_order_is_pinned() -> None:

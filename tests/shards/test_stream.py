@@ -11,7 +11,6 @@ import torch
 from formula_dataset import BOTH, NARROW, SMALL, WIDE, Made, flat, make_spec, rows_of, same_bits
 
 import actlake
-from actlake.shards.batch import Memory, to_tensor
 from actlake.shards.dataset import ActivationDataset
 from actlake.storage.errors import BadInputError, CorruptObjectError, UnknownNameError
 from actlake.storage.records import commit, read_record
@@ -21,7 +20,7 @@ Make = Callable[..., Made]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32, 64, 100, 256, 868, 1000])
-@pytest.mark.parametrize("buffer_bytes", [1, SMALL, "1GiB"])
+@pytest.mark.parametrize("buffer_bytes", [0, 1, SMALL, "1GiB"])
 def test_an_epoch_has_every_row_once_with_its_stored_bits(
     ds: ActivationDataset, batch_size: int, buffer_bytes: int | str
 ) -> None:
@@ -85,7 +84,7 @@ def test_a_batch_mixes_rows_from_everywhere(make: Make) -> None:
         # All 128 chunks are in the window, 2 rows of each go to a batch.
         assert len(chunks) == 128
     # A buffer of 1,024 rows in flight: batches of 32 chunks from over half of the shards.
-    window = 2 * 1024 * (8 + 12 * 2 + 17)
+    window = 2 * 1024 * 12 * 2
     for batch in ds.stream([WIDE], batch_size=256, buffer_bytes=window):
         assert len(np.unique(batch.row.numpy() // 32)) == 32
         assert len(np.unique(batch.row.numpy() // 256)) > 8
@@ -153,22 +152,6 @@ def test_memory_is_used_again_only_after_every_view_of_it_is_gone(ds: Activation
         assert torch.equal(found.contiguous().view(torch.int16), wanted.contiguous().view(torch.int16))
 
 
-def test_memory_comes_back_when_its_tensors_are_dropped() -> None:
-    array = make_spec().arrays()[WIDE]
-    memory = Memory()
-    # Held here, so that an allocator cannot give the same place to another array.
-    rows = memory.take(array, 64)
-    tensor = to_tensor(memory.lend(rows))[3:]
-    assert not np.shares_memory(memory.take(array, 64), rows)
-    del tensor
-    assert not np.shares_memory(memory.take(array, 32), rows)
-    assert np.shares_memory(memory.take(array, 64), rows)
-    tensor = to_tensor(memory.lend(rows))
-    memory.close()
-    del tensor
-    assert not np.shares_memory(memory.take(array, 64), rows)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -178,7 +161,7 @@ def test_memory_comes_back_when_its_tensors_are_dropped() -> None:
         ({"batch_size": 0}, "batch_size = 0 must be > 0"),
         ({"epochs": 0}, "epochs = 0 must be > 0; None"),
         ({"seed": -1}, "seed = -1"),
-        ({"batch_size": 869}, "868 rows make no batch of 869"),
+        ({"batch_size": 869}, "868 rows make no batch of 869 on each of 1 ranks"),
         ({"buffer_bytes": "lots"}, "'lots' is no size in bytes"),
     ],
 )
@@ -194,7 +177,7 @@ def test_a_stream_works_on_any_file_system(place: str) -> None:
     stream = ds.stream(BOTH, batch_size=100, drop_last=False)
     assert sorted(flat(list(stream))) == list(range(868))
     assert place.rsplit("/", 1)[-1] in repr(stream)
-    assert "868 rows, batches of 100" in repr(stream)
+    assert "batches of 100, seed 0; 9 delivered" in repr(stream)
 
 
 def test_an_incomplete_dataset_streams_its_committed_shards(make: Make) -> None:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from formula_dataset import NARROW, WIDE, Made, bits, make_spec
 
-from actlake.shards.verify import Problem, VerifyReport, repair, verify
+from actlake.shards.verify import Problem, VerifyReport, completed, repair, verify
 from actlake.storage.arrays import crc32c, encode_shard
 from actlake.storage.codecs import Codec
+from actlake.storage.errors import BadInputError
 from actlake.storage.moments import from_parquet, to_parquet
+from actlake.storage.norms import NormHistogram
 from actlake.storage.records import ObjectRecord, commit, commit_key, read_record, stats_key
 
 Make = Callable[..., Made]
@@ -27,7 +29,7 @@ def only(report: VerifyReport) -> Problem:
     return problem
 
 
-def named(problem: Problem) -> tuple[str, int, str, int | None]:
+def named(problem: Problem) -> tuple[str, int | None, str, int | None]:
     return problem.kind, problem.shard, problem.array, problem.chunk
 
 
@@ -247,3 +249,75 @@ def test_a_shard_committed_again_since_opening_is_no_problem(made: Made) -> None
     ds = made.open()
     Made(made.url, 868, offset=0.37).build(1)
     assert verify(ds).problems == ()
+
+
+# --- which shards ---
+
+
+def test_a_sample_reads_some_shards_whole_and_the_others_quickly(made: Made) -> None:
+    for shard in range(4):
+        made.flip(WIDE, shard, made.chunk_span(WIDE, shard, 0)[0] + 20)
+    report = verify(made.open(), sample=0.5)
+    assert (report.n_shards, report.n_deep, len(report.bad_shards)) == (4, 2, 2)
+    assert verify(made.open(), sample=0.5).bad_shards == report.bad_shards
+    assert verify(made.open(), sample=0.0001).n_deep == 1
+    with pytest.raises(BadInputError, match=r"sample = 1\.5 is not a share"):
+        verify(made.open(), sample=1.5)
+
+
+def test_reports_of_some_shards_add_up_to_that_of_all(made: Made) -> None:
+    made.flip(WIDE, 2, made.chunk_span(WIDE, 2, 0)[0] + 20)
+    ds = made.open()
+    whole = verify(ds)
+    parts = [verify(ds, shards=[3, 2], n_threads=1), verify(ds, shards=[0, 1])]
+    assert completed(ds, parts, deep=True) == whole
+
+
+# --- statistics ---
+
+
+def with_statistics(made: Made, shard: int, **changes: Any) -> None:
+    """Store other statistics of WIDE, with a record that agrees with them."""
+    moments = from_parquet(made.store.read(stats_key(shard)))
+    data = to_parquet(moments | {WIDE: replace(moments[WIDE], **changes)})
+    made.store.write(stats_key(shard), data)
+    changed(made, shard, stats=ObjectRecord(nbytes=len(data), crc32c=crc32c(data)))
+
+
+def test_changed_norms_and_outlier_rows(made: Made) -> None:
+    for shard in (0, 1, 2):
+        found = from_parquet(made.store.read(stats_key(shard)))[WIDE]
+        assert found.norm_histogram is not None
+        assert found.outlier_rows is not None
+        first, *others = found.outlier_rows
+        moved = NormHistogram(bins=found.norm_histogram.bins + 1, counts=found.norm_histogram.counts)
+        with_statistics(
+            made,
+            shard,
+            **(
+                {"norm_histogram": moved},
+                {"outlier_rows": (first._replace(row=first.row + 1), *others)},
+                {"outlier_rows": (first._replace(norm=first.norm * 1.01), *others)},
+            )[shard],
+        )
+    with_statistics(made, 3, n_nonfinite=1)
+    report = verify(made.open())
+    assert [named(p) for p in report.problems] == [("statistics", shard, WIDE, None) for shard in range(4)]
+    for problem, text in zip(
+        report.problems, ("norm_counts", "outlier_rows", "outlier_norms", "n_nonfinite"), strict=True
+    ):
+        assert text in problem.message
+
+
+def test_statistics_of_an_earlier_actlake_are_no_problem(made: Made) -> None:
+    with_statistics(made, 1, norm_histogram=None, outlier_rows=None, n_nonfinite=None)
+    assert verify(made.open()).problems == ()
+
+
+def test_stored_rows_that_are_not_finite(made: Made) -> None:
+    rows = made.values(WIDE, made.rows_of(1)).copy()
+    rows[100, 3] = np.nan
+    rewritten(made, WIDE, 1, rows)
+    problem = only(verify(made.open()))
+    assert named(problem) == ("rows", 1, WIDE, None)
+    assert "1 rows hold values not finite" in problem.message
