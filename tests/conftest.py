@@ -19,7 +19,7 @@ os.environ.update(
 )
 
 _TESTS = Path(__file__).parent
-_AREAS = ("storage", "ingest", "shards", "jobs", "", "integration")
+_AREAS = ("storage", "ingest", "shards", "jobs", "", "integration", "trainers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actlake.ingest.corpus import Corpus, build_corpus
-from actlake.ingest.corpus_spec import CorpusSpec
+from actlake.ingest.build import ShardBuilder
+from actlake.ingest.corpus import build_corpus
 from actlake.storage.codecs import Codec
+from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_spec import CorpusSpec
+from actlake.storage.header import Header, prepare
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec, PointSpec
 from actlake.storage.stores import Store
@@ -112,3 +116,20 @@ def make_spec(corpus: Corpus, **changes: Any) -> DatasetSpec:
         "codec": Codec(),
     }
     return DatasetSpec(**(values | changes))
+
+
+def make_data_demo() -> Corpus:
+    """Build ``data/demo`` below the working directory: of formulas, as wide and as split as the real one."""
+    source = write_documents(Path.cwd() / "texts", n_documents=200)
+    corpus = make_corpus(Store("data/corpora/words"), source, context_length=64)
+    point = PointSpec(name="layers.9.resid_post", width=640, rows_per_chunk=512)
+    for split, url in (("train", "data/demo"), ("heldout", "data/demo/heldout")):
+        spec = make_spec(
+            corpus, split=split, hook_points=(point,), rows_per_shard=2048, rows_per_block=2048, batch_tokens=4096
+        )
+        n_rows = corpus.row_index(split, spec.keep).n_rows
+        prepare(Store(url), Header(spec=spec, n_rows=n_rows, corpus="../corpora/words"))
+        builder = ShardBuilder(store=Store(url), corpus=corpus, forward=FormulaModel((point,)))
+        for shard in range(builder.space.n_shards):
+            builder.build(shard)
+    return corpus

@@ -103,7 +103,7 @@ class Made:
     def commit(self, shard: int, objects: dict[str, ObjectRecord], revision: int = 0) -> None:
         rows = self.rows_of(shard)
         kept = rows[~np.isin(rows, list(self.voids))]
-        data = to_parquet({name: of_shard(self.values(name, kept)) for name in self.spec.point_names})
+        data = to_parquet({name: of_shard(self.values(name, kept), numbers=kept) for name in self.spec.point_names})
         self.store.write(stats_key(shard), data)
         record = ShardRecord(
             dataset_id=self.spec.dataset_id,

@@ -11,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 import typer
-from fakes import FormulaModel, make_corpus, make_spec, write_documents
+from fakes import make_data_demo
 
-from actlake.ingest.build import ShardBuilder
-from actlake.ingest.corpus import Corpus
-from actlake.jobs.cli import demo, ingest, query  # noqa: F401 - each registers its commands
+from actlake.jobs.cli import demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
 from actlake.jobs.cli.app import app
 from actlake.jobs.jobfile import parse_job
 from actlake.storage import errors
-from actlake.storage.header import Header, prepare
+from actlake.storage.corpus import Corpus
 from actlake.storage.hookpoints import STREAMS, expand
-from actlake.storage.spec import PointSpec
-from actlake.storage.stores import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("*.md", "docs/**/*.md", "benchmarks/*.md", "infra/*.md")
@@ -129,19 +125,7 @@ def test_a_wrong_command_would_be_found(line: str, message: str) -> None:
 def data_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Go to a folder with a `data/demo` of formulas, as wide and as split as the real one."""
     monkeypatch.chdir(tmp_path)
-    source = write_documents(tmp_path / "texts", n_documents=200)
-    corpus = make_corpus(Store("data/corpora/words"), source, context_length=64)
-    point = PointSpec(name="layers.9.resid_post", width=640, rows_per_chunk=512)
-    for split, url in (("train", "data/demo"), ("heldout", "data/demo/heldout")):
-        spec = make_spec(
-            corpus, split=split, hook_points=(point,), rows_per_shard=2048, rows_per_block=2048, batch_tokens=4096
-        )
-        n_rows = corpus.row_index(split, spec.keep).n_rows
-        prepare(Store(url), Header(spec=spec, n_rows=n_rows, corpus="../corpora/words"))
-        builder = ShardBuilder(store=Store(url), corpus=corpus, forward=FormulaModel((point,)))
-        for shard in range(builder.space.n_shards):
-            builder.build(shard)
-    return corpus
+    return make_data_demo()
 
 
 def test_the_readmes_python_runs_as_it_is(data_demo: Corpus, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,8 +43,14 @@ def imports(source: str) -> Iterator[str]:
                 base = "." * level + (module or "")
                 yield from (f"{base}.{alias.name}" for alias in names)
             case ast.Call(func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[first, *_]):
-                # A computed name cannot be checked here, so it is refused.
-                yield first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else "?"
+                yield known_name(first)
+
+
+def known_name(name: ast.expr) -> str:
+    """Return a name that is imported, or what it begins with; a computed one cannot be checked: "?"."""
+    if isinstance(name, ast.JoinedStr):
+        name = name.values[0]
+    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else "?"
 
 
 def offences(place: str, source: str) -> list[str]:

@@ -7,7 +7,8 @@ import typer
 from rich.text import Text
 
 from actlake.jobs.cli.app import OUT, app
-from actlake.jobs.cli.query import print_summary, summarise, verify_splits
+from actlake.jobs.cli.query import print_summary
+from actlake.jobs.cli.verify import verify_splits
 from actlake.storage.errors import MissingExtraError
 
 POINT = "layers.9.resid_post"
@@ -23,6 +24,7 @@ def demo() -> None:
     from actlake.jobs import ingestion
     from actlake.jobs.cli.listener import listening
     from actlake.jobs.jobfile import read_job
+    from actlake.jobs.summary import summarise
 
     with as_file(files("actlake.examples") / "demo.toml") as path:
         job = read_job(path)

@@ -10,11 +10,11 @@ import zarr
 
 import actlake
 from actlake.ingest.batching import plan_batches
-from actlake.ingest.corpus import Corpus
 from actlake.ingest.models import LoadedModel, load_model, resolve_model
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.shards.verify import verify
+from actlake.storage.corpus import Corpus
 from actlake.storage.stores import resolve_url
 
 pytestmark = pytest.mark.slow

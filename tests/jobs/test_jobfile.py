@@ -39,9 +39,9 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
         'dataset = "gs://bucket/a"\nmodel = "google/gemma-3-4b-pt"\nrevision = "abc"\npreset = "clt"\n'
         "max_rows = 60_000\nseed = 7\n"
         '[capture]\ndtype = "float32"\nprepend_bos = false\nexclude = ["bos", 105]\n'
-        "skip_first = 4\nbatch_tokens = 512\n"
+        "skip_first = 4\nbatch_tokens = 512\nvoid_nonfinite = true\n"
         '[corpus]\nsources = ["a/*.txt", "b.parquet"]\ntext_field = "body"\ncontext_length = 512\nholdout = 0\n'
-        'max_tokens = 1_000\nurl = "data/c"\n'
+        'max_tokens = 1_000\nurl = "data/c"\nmetadata = ["category", "turns"]\n'
         '[layout]\nrows_per_shard = 16_384\nrows_per_chunk = 1_024\nrows_per_block = 8_192\nshard_memory = "2GiB"\n'
         'order = "sequence"\ncodec = "none"\n'
         '[run]\nworkers = 2\nthreads = 3\ndevice = "cpu"\nattempts = 5\n'
@@ -54,10 +54,11 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
     assert (job.max_rows, job.seed) == (60_000, 7)
     assert vars(job.capture) == {
         "dtype": "float32", "prepend_bos": False, "exclude": ("bos", 105), "skip_first": 4, "batch_tokens": 512,
+        "void_nonfinite": True,
     }  # fmt: skip
     assert vars(job.corpus) == {
         "sources": ("a/*.txt", "b.parquet"), "text_field": "body", "context_length": 512, "holdout": 0.0,
-        "max_tokens": 1000, "url": "data/c",
+        "max_tokens": 1000, "url": "data/c", "metadata": ("category", "turns"),
     }  # fmt: skip
     assert vars(job.layout) == {
         "rows_per_shard": 16_384, "rows_per_chunk": 1_024, "rows_per_block": 8_192, "shard_memory": 2 * 2**30,
