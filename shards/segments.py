@@ -141,5 +141,11 @@ class InSequence(_OfSnapshot):
 
 def deal_part(part: Part, batch_size: int, filled: int) -> Plan:
     """Return the deal of a part's window in stripes."""
-    kept = part.segment.dealer.kept_U[part.units]
-    return deal(kept, batch_size, filled=filled, skip=part.skip, take=part.take)
+    kept: I64 = part.segment.dealer.kept_U[part.units]
+    return _deal(kept.tobytes(), batch_size, filled, part.skip, part.take)
+
+
+@lru_cache(_PLANNED)
+def _deal(kept: bytes, batch_size: int, filled: int, skip: int, take: int) -> Plan:
+    # Most windows are of whole units, and so of one plan, which costs as much as decoding half a chunk.
+    return deal(np.frombuffer(kept, dtype=np.int64), batch_size, filled=filled, skip=skip, take=take)

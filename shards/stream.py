@@ -38,8 +38,8 @@ from actlake.shards.unpermute import span_of
 from actlake.shards.window import Dealer
 from actlake.storage.errors import BadInputError, UncommittedShardError
 
-#: Tasks for each thread that should be waiting while a window is finished.
-_TASKS_AHEAD = 2
+#: Tasks for each thread that should be waiting while a window of a batch or less is finished.
+_TASKS_AHEAD = 8
 _MAX_WINDOWS_AHEAD = 16
 
 
