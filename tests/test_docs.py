@@ -62,7 +62,7 @@ def check_command(words: list[str]) -> None:
     if program == "actlake":
         parse_command_line(rest)
     elif program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(rest) <= set(targets), f"no make target in {words}"
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"no script {rest[0]}"
