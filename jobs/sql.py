@@ -35,6 +35,17 @@ def ask(ds: ActivationDataset, sql: str) -> pa.Table:
             answer: pa.Table = connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
             raise BadInputError(f"{error}\nthe tables are\n{_columns(known)}") from error
+    return _with_integers(answer)
+
+
+def _with_integers(answer: pa.Table) -> pa.Table:
+    """Return sums of integers as int64 where they fit: DuckDB gives them as decimals of 38 digits, JSON as text."""
+    for place, field in enumerate(answer.schema):
+        if pa.types.is_decimal(field.type) and field.type.scale == 0:
+            try:
+                answer = answer.set_column(place, field.name, answer[field.name].cast(pa.int64()))
+            except pa.ArrowInvalid:
+                continue  # past 64 bits
     return answer
 
 

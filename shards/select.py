@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from actlake.shards.conditions import Condition, IntRange, Labelled, Mask, NormIn, OneOf, PositionIn, Range, StoredRows
+from actlake.shards.recompute import statistics_from_rows
 from actlake.storage.errors import BadInputError, UnknownNameError, nearest
 from actlake.storage.rowspace import ROLE_VOID, ROLES, content_hash
 
@@ -120,11 +121,19 @@ def where(
     conditions.extend(OneOf(column="token_id", values=_integers("token_id", tokens)) for tokens in given)
     conditions.extend(_labelled(dataset, name, label) for name, label in labels.items())
     for point, edges in (norm or {}).items():
-        multiples, median = _range(f"norm of {point}", edges), dataset.statistics(point).median_norm
+        multiples, median = _range(f"norm of {point}", edges), _median(dataset, point)
         conditions.append(NormIn(point=point, range=multiples, median=median))
     if not conditions:
         raise BadInputError("where() without a condition; give one, e.g. position=(4, None)")
     return RowFilter(dataset, tuple(conditions))
+
+
+def _median(dataset: "ActivationDataset", point: str) -> float:
+    found = dataset.statistics(point)
+    if found.norm_histogram is None:
+        # Stored by an earlier actlake, without norms.
+        found = statistics_from_rows(dataset, point)
+    return found.median_norm
 
 
 # --- what users write ---

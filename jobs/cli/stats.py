@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.options import AsJson, Dataset, Options, open_dataset
@@ -117,7 +117,8 @@ def _describe_covariance(found: "Covariance") -> dict[str, Any]:
 
 def _table(points: dict[str, dict[str, Any]]) -> Table:
     names = ("hook point", "rows", "mean norm", "median", "largest", "unit scale", "sqrt(d) scale", "most energy in")
-    table = Table(*names)
+    # Folded, not cut, where the output is narrow.
+    table = Table(*(Column(name, overflow="fold") for name in names))
     for name, found in points.items():
         largest = f"{found['outlier_rows'][0]['norm']:,.1f}" if found["outlier_rows"] else ""
         channels = ", ".join(f"{item['channel']}: {item['share']:.1%}" for item in found["outlier_channels"][:3])

@@ -290,3 +290,11 @@ def test_storage_options_reach_the_file_system(labelled: Labelled, tmp_path: Pat
             memory.write(str(path.relative_to(root)), path.read_bytes())
     result = run("query", memory.url, "SELECT count(*) AS n FROM shards", "--json", "-O", '{"asynchronous": false}')
     assert json.loads(result.stdout) == [{"n": len(labelled.ds.planned_shards)}]
+
+
+def test_sums_are_numbers_in_json_even_past_64_bits(labelled: Labelled) -> None:
+    text = "SELECT sum(n_rows) AS n, sum(n_rows) * 1e0 AS x, 9223372036854775807::HUGEINT + 1 AS big FROM shards"
+    (found,) = json.loads(run("query", labelled.ds.url, text, "--json").stdout)
+    assert found["n"] == found["x"] > 0
+    assert isinstance(found["n"], int)
+    assert int(found["big"]) == 2**63

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +221,10 @@ def test_what_cannot_be_chosen_by_is_refused(
 ) -> None:
     with pytest.raises(error, match=match):
         where(made.ds, **conditions)
+
+
+def test_a_median_that_was_not_stored_is_taken_from_the_rows(made: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = where(made.ds, norm={POINT: (None, 1.2)}).describe()
+    stored = made.ds.statistics(POINT)
+    monkeypatch.setattr(made.ds, "statistics", lambda point: replace(stored, norm_histogram=None))
+    assert where(made.ds, norm={POINT: (None, 1.2)}).describe() == wanted
