@@ -16,11 +16,16 @@ from actlake.jobs.ingestion import Listener
 
 
 def contents(dataset: Path) -> dict[str, Any]:
-    """Return what must reproduce: every object's digest, of commit records only the content."""
+    """Return what must reproduce: every object's digest, of commit records only the content.
+
+    A file that a killed process had not yet named is no object: nobody reads it.
+    """
     found: dict[str, Any] = {}
     for path in sorted(dataset.rglob("*")):
         key = str(path.relative_to(dataset))
         if not path.is_file() or key.startswith(("manifest/", "heldout/manifest/")) or key.endswith("root.json"):
+            continue
+        if path.name.startswith(".actlake-"):
             continue
         if "commits/" in key:
             found[key] = json.loads(path.read_bytes())["content"]
