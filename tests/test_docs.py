@@ -1,5 +1,6 @@
 """The README and the documents say what is true: their commands, code, links and names are checked against the code."""
 
+import json
 import pkgutil
 import re
 import shlex
@@ -76,11 +77,14 @@ def check_command(words: list[str]) -> None:
 
 def parse_command_line(words: list[str]) -> None:
     """Parse arguments as ``actlake`` does, to the last option of the subcommand, without running it."""
-    group: Any = typer.main.get_command(app)
-    name, *rest = words
-    assert name in group.commands, f"no command {name!r}"
-    if rest:  # a bare `actlake ingest` in a sentence names the command
-        group.commands[name].make_context(name, rest)
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        name, *words = words
+        assert name in command.commands, f"no command {name!r}"
+        command = command.commands[name]
+        if not words:  # a bare `actlake ingest` in a sentence names the command
+            return
+    command.make_context(name, words)
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
@@ -126,6 +130,18 @@ def data_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Go to a folder with a `data/demo` of formulas, as wide and as split as the real one."""
     monkeypatch.chdir(tmp_path)
     return make_data_demo()
+
+
+def test_the_python_of_the_page_on_streaming_runs(data_demo: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for code in blocks((ROOT / "docs" / "streaming.md").read_text(), "python"):
+        exec(compile(code, "docs/streaming.md", "exec"), names)
+    assert (names["x"].dtype, tuple(names["x"].shape)) == (torch.float32, (2048, 640))
+    assert len(json.dumps(names["state"])) < 4096
+    resumed, kept_on = next(iter(names["again"])), next(iter(names["ds"].stream("layers.9.resid_post")))
+    assert not set(resumed.row.tolist()) & set(names["batch"].row.tolist())
+    assert len(kept_on) == 4096
+    assert int(next(iter(names["late"].stream("layers.9.resid_post", batch_size=512))).position.min()) >= 4
 
 
 def test_the_readmes_python_runs_as_it_is(data_demo: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
