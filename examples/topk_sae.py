@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -132,14 +133,44 @@ def fit(
     return train(batches, heldout, mean, std, steps=steps, on_step=on_step)
 
 
+def save(sae: TopKSAE, path: str | Path, *, point: str, mean: Tensor, std: Tensor) -> None:
+    """Write the autoencoder of one hook point, with what standardises its rows ([D] each), as safetensors."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}
+    tensors |= {"mean": mean.float(), "std": std.float()}
+    save_file(tensors, path, metadata={"kind": "topk_sae", "point": point, "k": str(sae.k)})
+
+
+def load(path: str | Path) -> tuple[TopKSAE, str, Tensor, Tensor]:
+    """Read what ``save`` wrote: the autoencoder, its hook point, mean and standard deviation; ``ValueError`` else."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        made, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if made.get("kind") != "topk_sae":
+        raise ValueError(f"{path} is no autoencoder that examples/topk_sae.py saved with --save")
+    mean, std = tensors.pop("mean"), tensors.pop("std")
+    n_latents, d = tensors["decoder"].shape
+    sae = TopKSAE(d, n_latents, int(made["k"]))
+    sae.load_state_dict(tensors)
+    return sae, made["point"], mean, std
+
+
 def main() -> None:
     """Train on the dataset named on the command line and print the variance explained as it rises."""
     parser = argparse.ArgumentParser(description="Train a TopK sparse autoencoder from an activation dataset.")
     parser.add_argument("dataset", help="folder or URL of the dataset, e.g. data/demo")
     parser.add_argument("--point", default="layers.9.resid_post", help="hook point (default: %(default)s)")
+    parser.add_argument("--save", help="write the autoencoder there, as safetensors, for examples/evaluate.py")
     options = parser.parse_args()
     report = "step {:4d}: {:.1%} of the variance of held-out rows explained".format
-    fit(actlake.open(options.dataset), options.point, on_step=lambda *found: print(report(*found)))
+    dataset = actlake.open(options.dataset)
+    sae = fit(dataset, options.point, on_step=lambda *found: print(report(*found)))
+    if options.save:
+        moments = dataset.statistics(options.point)
+        mean, std = torch.from_numpy(moments.mean), torch.from_numpy(moments.variance).sqrt()
+        save(sae, options.save, point=options.point, mean=mean, std=std)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ record comes last.
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,9 +34,14 @@ from actlake.storage.stores import Store
 
 
 class ForwardPass(Protocol):
-    """Runs the model: int64 [B, T] to ``{hook point: [B, T, D]}``; deterministic for one shape on one device."""
+    """Runs the model: int64 [B, T] to ``{hook point: [B, T, D]}``; deterministic for one shape on one device.
 
-    def __call__(self, input_ids: torch.Tensor, /) -> Mapping[str, torch.Tensor]: ...
+    With ``position_ids``, int64 [B, T], each position 0 begins a sequence that sees no other one in its row.
+    """
+
+    def __call__(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, /
+    ) -> Mapping[str, torch.Tensor]: ...
 
 
 @dataclass
@@ -126,8 +131,10 @@ class ShardBuilder:
             source_N, target_N = gathered(batch, rows)
             for point in self.header.spec.hook_points:
                 self._memory[point.name][target_N] = take(acts[point.name], source_N)
-            timing.n_tokens += len(batch.members) * batch.n_tokens
+            timing.n_tokens += batch.n_run
             on_rows(len(target_N))
+        for name in self.header.spec.point_names:
+            self._memory[name][rows.void] = 0
         timing.forward_s += time.perf_counter() - start
 
     def _store_array(self, array: ArraySpec, shard: int, n_rows: int, timing: Timing) -> ObjectRecord:
@@ -147,9 +154,8 @@ class ShardBuilder:
         return record if record.dataset_id == self.header.spec.dataset_id else None
 
     def _moments(self, shard: int, n_rows: int, timing: Timing) -> tuple[dict[str, Moments], int]:
-        start = time.perf_counter()
-        moments = {point: self._moments_of(point, shard, np.arange(n_rows)) for point in self.header.spec.point_names}
-        n_void = 0
+        start, kept = time.perf_counter(), self._kept(n_rows)
+        moments = {point: self._moments_of(point, shard, kept) for point in self.header.spec.point_names}
         if bad := {point: found.n_nonfinite for point, found in moments.items() if found.n_nonfinite}:
             if not self.void_nonfinite:
                 point, n_bad = next(iter(bad.items()))
@@ -157,23 +163,27 @@ class ShardBuilder:
                     f"shard {shard}, {point}: {n_bad} of {n_rows} rows hold non-finite values, so do "
                     f"{len(bad) - 1} other hook points; capture.void_nonfinite = true makes them void rows"
                 )
-            kept = self._void(bad, n_rows)
-            n_void = n_rows - len(kept)
+            self._void(bad, n_rows)
+            kept = self._kept(n_rows)
             # The number of bad rows at each hook point stays known, though zeros are stored.
             moments = {
                 point: replace(self._moments_of(point, shard, kept), n_nonfinite=found.n_nonfinite)
                 for point, found in moments.items()
             }
         timing.encode_s += time.perf_counter() - start
-        return moments, n_void
+        return moments, n_rows - len(kept)
+
+    def _kept(self, n_rows: int) -> npt.NDArray[np.int64]:
+        """Return the places of the rows that are not void."""
+        return np.flatnonzero(self._memory["rows/role"][:n_rows] != ROLE_VOID)
 
     def _moments_of(self, point: str, shard: int, kept: npt.NDArray[np.int64]) -> Moments:
         first, rows = self.space.rows_of(shard).start, self._memory[point].view(self._arrays[point].numpy_dtype)
         whole = rows[: len(kept)] if len(kept) and kept[-1] == len(kept) - 1 else rows[kept]
         return of_shard(whole, self._pool.map, first + kept)
 
-    def _void(self, points: Iterable[str], n_rows: int) -> npt.NDArray[np.int64]:
-        """Make void the rows that are not finite at one of these hook points; return the others' places."""
+    def _void(self, points: Iterable[str], n_rows: int) -> None:
+        """Make void the rows that are not finite at one of these hook points."""
         finite = np.ones(n_rows, dtype=np.bool_)
         for point in points:
             rows = self._memory[point][:n_rows].view(self._arrays[point].numpy_dtype)
@@ -181,7 +191,6 @@ class ShardBuilder:
         for point in self.header.spec.point_names:
             self._memory[point][:n_rows][~finite] = 0
         self._memory["rows/role"][:n_rows][~finite] = ROLE_VOID
-        return np.flatnonzero(finite)
 
     def _store_statistics(self, shard: int, moments: Mapping[str, Moments], timing: Timing) -> ObjectRecord:
         data, start = to_parquet(moments), time.perf_counter()
@@ -197,23 +206,43 @@ def _allocate(array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
 
 
 def batches_of(rows: ShardRows, spec: DatasetSpec, corpus: Corpus) -> list[Batch]:
-    """Return the batches that a shard's sequences run in; their members are places in ``rows.sequences``."""
-    lengths = [len(sequence.tokens) for sequence in rows.sequences]
-    return plan_batches(lengths, spec.batch_tokens, corpus.spec.context_length)
+    """Return the batches that the sequences with rows in a shard run in; members are places in ``rows.sequences``."""
+    owners = [number for number, places in enumerate(rows.places) if len(places)]
+    lengths = [len(rows.sequences[number].tokens) for number in owners]
+    batches = plan_batches(lengths, spec.batch_tokens, corpus.spec.context_length, spec.batching)
+    return [replace(batch, rows=tuple(tuple(owners[i] for i in row) for row in batch.rows)) for batch in batches]
 
 
 def run_batch(forward: ForwardPass, batch: Batch, rows: ShardRows, device: str) -> Mapping[str, torch.Tensor]:
     """Run one batch, padded on the right with id 0; return what ``forward`` does."""
-    tokens_BT = np.zeros((len(batch.members), batch.n_tokens), dtype=np.int64)
-    for b, member in enumerate(batch.members):
-        tokens_BT[b, : len(rows.sequences[member].tokens)] = rows.sequences[member].tokens
-    return forward(torch.from_numpy(tokens_BT).to(device))
+    tokens_BT = np.zeros((len(batch.rows), batch.n_tokens), dtype=np.int64)
+    positions_BT = np.zeros_like(tokens_BT)
+    for b, start, member in _laid_out(batch, rows):
+        tokens = rows.sequences[member].tokens
+        # What was taken out of a redacted sequence runs as padding does; its rows are void.
+        tokens_BT[b, start : start + len(tokens)] = np.maximum(tokens, 0)
+        # Padding goes on with the last sequence of its row, which it follows and therefore cannot change.
+        positions_BT[b, start:] = np.arange(batch.n_tokens - start)
+    token_ids = torch.from_numpy(tokens_BT).to(device)
+    if not batch.is_packed:
+        # Without positions the model needs no mask, or one for all rows.
+        return forward(token_ids)
+    return forward(token_ids, torch.from_numpy(positions_BT).to(device))
 
 
 def gathered(batch: Batch, rows: ShardRows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return int64 [N] twice: where in a batch's B x T tokens its rows are, and where in the shard they are stored."""
-    source = [b * batch.n_tokens + rows.positions[member] for b, member in enumerate(batch.members)]
+    source = [b * batch.n_tokens + start + rows.positions[member] for b, start, member in _laid_out(batch, rows)]
     return np.concatenate(source), np.concatenate([rows.places[member] for member in batch.members])
+
+
+def _laid_out(batch: Batch, rows: ShardRows) -> Iterator[tuple[int, int, int]]:
+    """Yield the row in the batch, the place of the first token in that row, and the number of each sequence."""
+    for b, row in enumerate(batch.rows):
+        start = 0
+        for member in row:
+            yield b, start, member
+            start += len(rows.sequences[member].tokens)
 
 
 def take(acts_BTD: torch.Tensor, source_N: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -1,16 +1,14 @@
 """Run a model over token ids and take the tensors at its hook points."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from actlake.ingest.hooks import Tap, architecture
-from actlake.ingest.models import LoadedModel
+from actlake.ingest.hooks import attach, locate
+from actlake.ingest.loading import LoadedModel
 from actlake.storage.errors import BadInputError, ModelAccessError
-from actlake.storage.hookpoints import STREAMS, HookPoint, expand
+from actlake.storage.hookpoints import expand
 
 
 class _DeepestReached(Exception):
@@ -27,25 +25,37 @@ class Capture:
 
     def __init__(self, model: LoadedModel, points: Sequence[str]) -> None:
         self.model = model
-        self.points = expand(points, model.shape.widths())
+        self.points = expand(points, model.shape.widths(), model.shape.architecture)
         self._widths = {point: model.shape.widths()[point] for point in self.points}
-        rows = architecture(model.shape.architecture)
-        taps = [(str(point), *rows.tap(point)) for point in sorted(map(HookPoint.parse, self.points), key=_depth)]
-        self._taps = [(name, model.text.get_submodule(path), tap) for name, path, tap in taps]
+        self._taps = locate(model.text, model.shape.architecture, self._widths, self.points)
+        self._isolates = False
 
-    def __call__(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, /) -> dict[str, torch.Tensor]:
         """Return ``{point: [B, T, d]}`` in the model's dtype, on its device, for int64 ``input_ids`` [B, T].
 
-        Raises ``BadInputError`` for ids that are not of that shape and type, or rows longer than the model's context.
+        With ``position_ids``, int64 [B, T], a row may hold several sequences: each position 0 begins another, and none
+        sees another one. That is tried before the first such batch.
+
+        Raises ``BadInputError`` for ids that are not of that shape and type, rows longer than the model's context, and
+        an attention that does not keep sequences apart.
         """
         self._check_input(input_ids)
+        if position_ids is not None:
+            _check_positions(position_ids, input_ids)
+            if not self._isolates:
+                self._require_isolation()
+        return self._run(input_ids, position_ids)
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
         taken: dict[str, torch.Tensor] = {}
         handles: list[RemovableHandle] = []
         try:
             for name, module, tap in self._taps:
-                handles.append(_hook(module, tap, self._taker(name, taken)))
+                handles.append(attach(module, tap, self._taker(name, taken)))
             with torch.inference_mode():
-                self.model.text(input_ids=input_ids.to(self.model.device), use_cache=False)
+                place = self.model.device
+                positions = {} if position_ids is None else {"position_ids": position_ids.to(place)}
+                self.model.text(input_ids=input_ids.to(place), use_cache=False, **positions)
         except _DeepestReached:
             pass  # The usual end.
         finally:
@@ -54,16 +64,27 @@ class Capture:
         self._check_output(taken, input_ids)
         return {name: taken[name] for name in self.points}
 
-    def _taker(self, name: str, taken: dict[str, torch.Tensor]) -> Callable[[Any], None]:
+    def _taker(self, name: str, taken: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
         deepest = name == self._taps[-1][0]
 
-        def take(tensor: Any) -> None:
-            # Blocks return a tuple in transformers 4.
-            taken[name] = tensor[0] if isinstance(tensor, tuple) else tensor
+        def take(tensor: torch.Tensor) -> None:
+            taken[name] = tensor
             if deepest:
                 raise _DeepestReached
 
         return take
+
+    def _require_isolation(self) -> None:
+        """Run a sequence behind two others of the same shape: it must come out with the same bits."""
+        position_ids = torch.tensor([[0, 1, 2, 0, 1]] * 2)
+        behind = (torch.tensor([[*before, 4, 5]] * 2) for before in ((1, 2, 3), (3, 1, 2)))
+        one, other = (self._run(input_ids, position_ids)[self._taps[-1][0]][:, 3:] for input_ids in behind)
+        if not torch.equal(one, other):
+            raise BadInputError(
+                "this model's attention lets sequences in one row see each other; use capture.batching = 'padded', or "
+                "another capture.attn_implementation"
+            )
+        self._isolates = True
 
     def _check_input(self, input_ids: torch.Tensor) -> None:
         if input_ids.dtype != torch.int64 or input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -86,15 +107,9 @@ class Capture:
                 )
 
 
-def _depth(point: HookPoint) -> tuple[int, int]:
-    return point.layer, STREAMS.index(point.stream)
-
-
-def _hook(module: nn.Module, tap: Tap, take: Callable[[Any], None]) -> RemovableHandle:
-    if tap.side == "output":
-        return module.register_forward_hook(lambda _module, _args, output: take(output))
-
-    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args[0] if args else kwargs["hidden_states"])
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
+def _check_positions(position_ids: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if position_ids.dtype != torch.int64 or position_ids.shape != input_ids.shape:
+        raise BadInputError(
+            f"positions must be int64 {list(input_ids.shape)} as the token ids are, not {position_ids.dtype} "
+            f"{list(position_ids.shape)}"
+        )

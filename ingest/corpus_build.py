@@ -1,176 +1,146 @@
-"""Tokenised documents to sequences in a fixed order, in Parquet: plain functions.
+"""One build of a corpus, from its sources' files to its sequence files: map, merge, lay out, write.
 
-The order of a corpus is a sort by hash, so that it is the same however files are cut, listed or spread over workers.
+The stages are plain functions over lists of items; an engine decides in which processes they run.
 """
 
-import hashlib
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from actlake.ingest.tokenising import TokenisedDocuments, Tokenizer
-from actlake.storage.corpus_files import VOCABULARY, VOCABULARY_STEM, sequence_stem, sequences_schema, write_by_content
-from actlake.storage.corpus_spec import CorpusSpec, SplitInfo
+from actlake.ingest.corpus_layout import (
+    Counts,
+    SelectOrder,
+    SplitLayout,
+    count_bucket,
+    gather_buckets,
+    lay_out,
+    quotas_of,
+    shares_of,
+)
+from actlake.ingest.corpus_map import PartOrder, plan_buckets, read_part, tokenise_part
+from actlake.ingest.corpus_merge import Merged, MergeOrder, merge, merge_range, plan_ranges
+from actlake.ingest.corpus_parts import Part, plan_parts
+from actlake.ingest.corpus_spill import BUILDING, Block, Memory, PartRecord, Place, done, present_blocks
+from actlake.ingest.corpus_write import Tally, WriteOrder, plan_files, write_file
+from actlake.ingest.documents import BadDocument
+from actlake.ingest.records import Fields
+from actlake.ingest.replies import Group, ReplyBatch, missing_batches, plan_groups, reply_files, stored_batches
+from actlake.ingest.sources import require_documents
+from actlake.ingest.tokenising import Progress, Tokenizer
+from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_files import (
+    QUARANTINE,
+    QUARANTINE_STEM,
+    VOCABULARY,
+    VOCABULARY_STEM,
+    sequence_stem,
+    write_by_content,
+)
+from actlake.storage.corpus_segments import Segment
+from actlake.storage.corpus_spec import SPLITS, CorpusSpec, SourceFile, SplitInfo
 from actlake.storage.errors import BadInputError, SourceError
 from actlake.storage.records import ObjectRecord
-from actlake.storage.rowspace import ROLE_TEXT
 from actlake.storage.stores import Store
 
 #: Sequences in one file and in one row group: fixed, so that the bytes follow from the sequences alone.
 SEQUENCES_PER_FILE = 65_536
 SEQUENCES_PER_ROW_GROUP = 1_024
 
+#: Generates and stores batches of replies; hears how many replies they are.
+Replying = Callable[[Iterator[ReplyBatch], int], None]
+
+#: Bytes of sources that are built in this process' memory, with nothing to take up after a crash.
+IN_MEMORY_NBYTES = 64 * 2**20
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Engine(Protocol):
+    """Where the stages of a build run. ``remote`` says that it is in other processes, which see only stored objects.
+
+    Sources of fewer than ``least_nbytes`` are better built in this process.
+    """
+
+    @property
+    def least_nbytes(self) -> int:
+        """The least bytes of sources that are worth it."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether functions and items are pickled."""
+
+    def run(self, make: Callable[[], Callable[[T], R]], items: Sequence[T]) -> Iterator[R]:
+        """Yield the function's value for each item, in their order; each process makes the function once."""
+
+
+class Local:
+    """Runs everything in this process, one item after another."""
+
+    remote = False
+    least_nbytes = 0
+
+    def run(self, make: Callable[[], Callable[[T], R]], items: Sequence[T]) -> Iterator[R]:
+        """Yield the function's value for each item."""
+        return map(make(), items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hear:
+    """Who hears how a build goes: documents and tokens that are done, and sequences of how many are written."""
+
+    documents: Progress | None = None
+    sequences: Callable[[int, int], None] | None = None
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Windows:
-    """Sequences to be, one a window: arrays [n] of equal length; ``n_text`` is the tokens of text, without BOS."""
+class BuildJob:
+    """One build: of which files, with what, where, and what it continues.
 
-    document: npt.NDArray[np.int64]
-    window: npt.NDArray[np.int32]
-    offset: npt.NDArray[np.int32]
-    n_text: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.document)
-
-    def take(self, index: npt.NDArray[np.int64] | slice) -> "Windows":
-        """Return the chosen windows."""
-        return Windows(
-            document=self.document[index],
-            window=self.window[index],
-            offset=self.offset[index],
-            n_text=self.n_text[index],
-        )
-
-
-# --- Splits, windows, order ---------------------------------------------------------------------------------------
-
-
-def _hash64(message: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "big")
-
-
-def split_of(seed: int, holdout: float, document: str) -> str:
-    """Return ``"heldout"`` for a share ``holdout`` of the document ids, else ``"train"``.
-
-    Held out: blake2b-8 of ``"holdout" + seed (uint64) + id (UTF-8)`` is below ``holdout * 2**64``; big-endian.
+    ``base`` are the segments that come before the one that is built, of the corpus ``present``; both may be empty.
+    ``load`` gives the tokenizer in another process. ``reply`` completes prompts, where the spec wants that.
     """
-    held_out = _hash64(b"holdout" + seed.to_bytes(8, "big") + document.encode()) < holdout * 2.0**64
-    return "heldout" if held_out else "train"
+
+    store: Store
+    spec: CorpusSpec
+    files: Sequence[SourceFile]
+    tokenizer: Tokenizer
+    engine: Engine
+    load: Callable[[], Tokenizer]
+    on_bad: str = "raise"
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    base: tuple[Segment, ...] = ()
+    present: Corpus | None = None
+    hear: Hear = field(default_factory=Hear)
+    reply: Replying | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where runs lie below the corpus."""
+        return f"{BUILDING}/{self.spec.definition_id}"
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the sources."""
+        return sum(file.nbytes for file in self.files)
+
+    def n_base(self, split: str) -> int:
+        """Return how many sequences come before those of this build."""
+        return sum(segment.splits[split].n_sequences for segment in self.base)
 
 
-def order_key(seed: int, document: str, window: int) -> int:
-    """Return what sequences are sorted by, uint64; equal keys go by document id (as UTF-8), then window.
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a build stored: the digest of its documents, sizes of its splits, and every listed file."""
 
-    blake2b-8 of ``"order" + seed (uint64) + id (UTF-8) + window (uint32)``; all numbers big-endian.
-    """
-    return _hash64(b"order" + seed.to_bytes(8, "big") + document.encode() + window.to_bytes(4, "big"))
-
-
-def cut_windows(documents: TokenisedDocuments, chosen: npt.NDArray[np.int64], n_text: int) -> Windows:
-    """Cut the chosen documents into consecutive windows of ``n_text`` tokens; only a document's last may be shorter."""
-    n_windows = -(-documents.n_tokens[chosen] // n_text)
-    document = np.repeat(chosen, n_windows)
-    window = np.arange(len(document)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
-    offset = window * n_text
-    return Windows(
-        document=document,
-        window=window.astype(np.int32),
-        offset=offset.astype(np.int32),
-        n_text=np.minimum(n_text, documents.n_tokens[document] - offset),
-    )
-
-
-def ordered_split(documents: TokenisedDocuments, spec: CorpusSpec, split: str) -> Windows:
-    """Return all windows of one split in the corpus's order."""
-    chosen = [i for i, name in enumerate(documents.ids) if split_of(spec.seed, spec.holdout, name) == split]
-    windows = cut_windows(documents, np.array(chosen, dtype=np.int64), spec.n_text_tokens)
-    pairs = zip(windows.document.tolist(), windows.window.tolist(), strict=True)
-    keys = (order_key(spec.seed, documents.ids[document], window) for document, window in pairs)
-    # Documents are numbered by ascending id.
-    return windows.take(np.lexsort((windows.window, windows.document, np.fromiter(keys, np.uint64, len(windows)))))
-
-
-def first_tokens(windows: Windows, spec: CorpusSpec) -> Windows:
-    """Return the shortest prefix with at least ``max_tokens`` tokens, BOS included."""
-    if spec.max_tokens is None:
-        return windows
-    running = np.cumsum(windows.n_text + spec.prepend_bos)
-    return windows.take(slice(int(np.searchsorted(running, spec.max_tokens)) + 1))
-
-
-# --- Writing ------------------------------------------------------------------------------------------------------
-
-
-def write_split(
-    store: Store, split: str, documents: TokenisedDocuments, windows: Windows, bos: int | None
-) -> dict[str, ObjectRecord]:
-    """Write one split's sequences in the order of ``windows``; return its files by key. ``bos`` None adds none."""
-    files: dict[str, ObjectRecord] = {}
-    for first in range(0, len(windows), SEQUENCES_PER_FILE):
-        part = windows.take(slice(first, first + SEQUENCES_PER_FILE))
-        tables = (
-            _table(documents, part.take(slice(start, start + SEQUENCES_PER_ROW_GROUP)), first + start, bos)
-            for start in range(0, len(part), SEQUENCES_PER_ROW_GROUP)
-        )
-        schema = sequences_schema(list(documents.metadata))
-        files |= write_by_content(store, sequence_stem(split, first), schema, tables)
-    return files
-
-
-def write_vocabulary(store: Store, tokenizer: Tokenizer) -> dict[str, ObjectRecord]:
-    """Write the pieces by token id; SentencePiece's mark of a space becomes a space."""
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    text = ["" if piece is None else piece.replace("\u2581", " ") for piece in pieces]
-    table = pa.table({"token_id": range(len(text)), "piece": text}, schema=VOCABULARY)
-    return write_by_content(store, VOCABULARY_STEM, VOCABULARY, [table])
-
-
-def _table(documents: TokenisedDocuments, windows: Windows, first: int, bos: int | None) -> pa.Table:
-    n_bos = 0 if bos is None else 1
-    n_tokens = windows.n_text + n_bos
-    ends = np.cumsum(n_tokens)
-    starts = ends - n_tokens
-    # Token i of a sequence is token i - n_bos of its window; the place of BOS is overwritten after the gather.
-    source = np.arange(ends[-1]) + np.repeat(
-        documents.first[windows.document] + windows.offset - n_bos - starts, n_tokens
-    )
-    tokens = documents.tokens[np.maximum(source, 0)]
-    if bos is not None:
-        tokens[starts] = bos
-    offsets = np.concatenate([[0], ends]).astype(np.int32)
-    roles = np.full(len(tokens), ROLE_TEXT, dtype=np.uint8)
-    names = windows.document.tolist()
-    columns = {
-        "sequence": np.arange(first, first + len(windows)),
-        "tokens": pa.ListArray.from_arrays(offsets, tokens),
-        "roles": pa.ListArray.from_arrays(offsets, roles),
-        "document": [documents.ids[i] for i in names],
-        "window": windows.window,
-        "offset": windows.offset,
-        "source": pa.array([documents.sources[i] for i in names]).dictionary_encode(),
-    }
-    for field, values in documents.metadata.items():
-        columns[field] = pa.array([values[i] for i in names], pa.string()).dictionary_encode()
-    return pa.table(columns, schema=sequences_schema(list(documents.metadata)))
-
-
-def split_info(documents: TokenisedDocuments, windows: Windows, bos: int | None) -> SplitInfo:
-    """Return the size of one split, with BOS counted."""
-    n_tokens = windows.n_text + (bos is not None)
-    by_source: dict[str, int] = {}
-    for document, n in zip(windows.document.tolist(), n_tokens.tolist(), strict=True):
-        source = documents.sources[document]
-        by_source[source] = by_source.get(source, 0) + n
-    return SplitInfo(
-        n_sequences=len(windows),
-        n_tokens=int(n_tokens.sum()),
-        n_documents=len(np.unique(windows.document)),
-        tokens_by_source=by_source,
-    )
+    digest: str
+    complete: bool
+    splits: Mapping[str, SplitInfo]
+    files: Mapping[str, ObjectRecord]
+    mixture: Mapping[str, Mapping[str, Any]]
 
 
 def bos_of(spec: CorpusSpec, tokenizer: Tokenizer) -> int | None:
@@ -182,28 +152,217 @@ def bos_of(spec: CorpusSpec, tokenizer: Tokenizer) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def write_objects(
-    store: Store, spec: CorpusSpec, documents: TokenisedDocuments, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Write everything but ``corpus.json``; return what that says of it: completeness, layout, splits and files.
+def build(job: BuildJob, check: Callable[[str], None]) -> Built:
+    """Write everything but ``corpus.json``; before anything is written, ``check`` gets the digest of the documents.
 
-    Raises ``SourceError`` where no document is left to train on, ``BadInputError`` for a tokenizer without BOS.
+    Raises ``SourceError`` for unusable sources, and where no document is left to train on.
     """
-    bos = bos_of(spec, tokenizer)
-    every = ordered_split(documents, spec, "train")
-    if len(every) == 0:
+    place: Place = job.store if job.engine.remote or job.nbytes > IN_MEMORY_NBYTES else Memory()
+    order = PartOrder(
+        spec=job.spec,
+        place=place,
+        folder=job.folder,
+        n_buckets=plan_buckets(job.nbytes, job.spec.holdout),
+        on_bad=job.on_bad,
+        replies=job.store if job.spec.replies else None,
+        storage_options=job.storage_options,
+    )
+    records = _tokenise(job, order)
+    _check(job, records)
+    tokens_of = _summed([record.tokens_by_source for record in records])
+    shares = shares_of(job.spec.weights, job.spec.sources, tokens_of)
+    merged = _merge(job, place, records, shares)
+    check(merged.digest)
+    select = SelectOrder(place=place, spec=job.spec, dropped=merged.dropped, shares=shares)
+    layouts = {split: _lay_out(job, order, records, select, split) for split in SPLITS}
+    if layouts["train"].n_sequences == 0:
         raise SourceError(
-            f"all {len(documents.ids)} documents are held out by holdout = {spec.holdout}; lower it or add documents"
+            f"all {merged.n_documents} documents are held out by holdout = {job.spec.holdout}; "
+            "lower it or add documents"
         )
-    train = first_tokens(every, spec)
-    windows = {"train": train, "heldout": ordered_split(documents, spec, "heldout")}
-    files = write_vocabulary(store, tokenizer)
-    for split, chosen in windows.items():
-        files |= write_split(store, split, documents, chosen, bos)
+    bad = [one for record in records for one in record.bad] + list(merged.bad)
+    splits, files = _write(job, select, layouts, bad)
+    return Built(
+        digest=merged.digest,
+        complete=layouts["train"].complete,
+        splits=splits,
+        files=files,
+        mixture=_mixture(job.spec, tokens_of, shares) if job.spec.weights or job.spec.quotas else {},
+    )
+
+
+# --- The stages ---------------------------------------------------------------------------------------------------
+
+
+def part_worker(
+    order: PartOrder, load: Callable[[], Tokenizer], progress: Progress | None = None
+) -> Callable[[Part], PartRecord]:
+    """Return what does a part, with a tokenizer of its own."""
+    return partial(tokenise_part, order=order, tokenizer=load(), progress=progress)
+
+
+def _tokenise(job: BuildJob, order: PartOrder) -> list[PartRecord]:
+    """Do the parts that are not done; return the records of all, in the order of the sources."""
+    parts = plan_parts(job.files, job.storage_options)
+    known = {part.number: record for part in parts if (record := done(order.place, order.folder, part)) is not None}
+    total = [0, 0]
+
+    def count(n_documents: int, n_tokens: int) -> None:
+        total[0] += n_documents
+        total[1] += n_tokens
+        if job.hear.documents is not None and n_documents:
+            job.hear.documents(*total)
+
+    for record in known.values():
+        count(record.n_documents, record.n_tokens)
+    missing = [part for part in parts if part.number not in known]
+    if missing:
+        if order.replies is not None:
+            _reply(job, order, missing)
+        make = partial(part_worker, order, job.load, None if job.engine.remote else count)
+        for part, record in zip(missing, job.engine.run(make, missing), strict=True):
+            known[part.number] = record
+            if job.engine.remote:
+                count(record.n_documents, record.n_tokens)
+    return [known[part.number] for part in parts]
+
+
+def _reply(job: BuildJob, order: PartOrder, parts: Sequence[Part]) -> None:
+    """Have the replies generated that are not stored; before the first, every prompt of these parts is looked at."""
+
+    def groups() -> Iterator[Group]:
+        fields = Fields.of(job.spec)
+        documents = (document for part in parts for document in read_part(part, fields, order))
+        return plan_groups(documents, job.tokenizer, job.spec)
+
+    stored, n_replies, n_missing = stored_batches(job.store), 0, 0
+    for group in groups():
+        bad = next((one for one in group.documents if isinstance(one, BadDocument)), None)
+        if bad is not None and job.on_bad == "raise":
+            raise bad.error()
+        n_replies += sum(len(batch.wanted) for batch in group.batches)
+        n_missing += sum(len(batch.wanted) for batch in group.batches if batch.key not in stored)
+    if n_replies == 0:
+        raise SourceError(
+            "replies: the sources hold no prompt that can be used, that is a text, or a chat whose last message is a "
+            "user's; leave corpus.replies out, or name other sources"
+        )
+    if n_missing == 0:
+        return
+    if job.reply is None:
+        raise BadInputError("this corpus has prompts without replies; build it with what generates them (reply=...)")
+    job.reply(missing_batches(groups(), stored), n_missing)
+
+
+def _check(job: BuildJob, records: Sequence[PartRecord]) -> None:
+    """Raise for sources without documents, and for fields that no record has."""
+    fields = Fields.of(job.spec)
+    n_documents = _summed([record.documents_by_source for record in records])
+    for source in sorted({file.source for file in job.files}):
+        require_documents(source, n_documents.get(job.spec.sources.index(source), 0), fields)
+    for record in records:
+        fields.seen.fields.update(record.seen)
+        fields.seen.metadata.update(record.found)
+    if not job.base:
+        fields.require_seen()
+
+
+def _merge(job: BuildJob, place: Place, records: Sequence[PartRecord], shares: Mapping[int, float]) -> Merged:
+    blocks: list[Block] = [block for record in records for block in record.blocks]
+    if job.present is not None and job.base:
+        blocks += present_blocks(job.present, {split: job.n_base(split) for split in SPLITS}, place, job.folder)
+    order = MergeOrder(place=place, sources=job.spec.sources, seed=job.spec.seed, shares=shares)
+    return merge(job.engine.run(partial(partial, merge_range, order=order), plan_ranges(blocks)), job.on_bad)
+
+
+def _lay_out(
+    job: BuildJob, order: PartOrder, records: Sequence[PartRecord], select: SelectOrder, split: str
+) -> SplitLayout:
+    limited = _limited(job, select, split)
+    first = 0 if split == SPLITS[0] else order.n_buckets[SPLITS[0]]
+    slices = [item for record in records for item in record.slices]
+    buckets, counts = gather_buckets(slices, first, order.n_buckets[split], limited.n_bos)
+    found: Sequence[Counts] = counts
+    if select.filters:
+        found = list(job.engine.run(partial(partial, count_bucket, order=select), buckets))
+    return lay_out(buckets, found, limited, job.n_base(split))
+
+
+def _limited(job: BuildJob, select: SelectOrder, split: str) -> SelectOrder:
+    limit = job.spec.max_tokens if split == SPLITS[0] else None
+    if limit is not None:
+        limit = max(0, limit - sum(segment.splits[split].n_tokens for segment in job.base))
+    return select.limited(quotas_of(job.spec, split), limit)
+
+
+def _write(
+    job: BuildJob, select: SelectOrder, layouts: Mapping[str, SplitLayout], bad: Sequence[BadDocument]
+) -> tuple[dict[str, SplitInfo], dict[str, ObjectRecord]]:
+    """Write the vocabulary, the sequences and the bad documents; return the new sequences' sizes, and all files."""
+    old = {} if job.present is None or not job.base else job.present.files
+    files = {key: old[key] for key in old if key.startswith(VOCABULARY_STEM)}
+    files |= {} if files else write_vocabulary(job.store, job.tokenizer)
+    n_total = sum(layout.n_sequences for layout in layouts.values())
+    splits, n_done = {}, 0
+    for split, layout in layouts.items():
+        order = WriteOrder(
+            store=job.store,
+            select=_limited(job, select, split),
+            bos=bos_of(job.spec, job.tokenizer),
+            per_group=SEQUENCES_PER_ROW_GROUP,
+            present=job.present if job.base else None,
+            redactions={} if job.present is None else job.present.redactions,
+        )
+        tasks = plan_files(split, layout, job.n_base(split), SEQUENCES_PER_FILE)
+        files |= _kept(old, split, tasks[0].first if tasks else job.n_base(split))
+        tally = Tally.empty(job.spec)
+        for written in job.engine.run(partial(partial, write_file, order=order), tasks):
+            files[written.key] = written.record
+            tally.add(written.tally)
+            n_done += written.tally.n_sequences
+            if job.hear.sequences is not None:
+                job.hear.sequences(n_done, n_total)
+        splits[split] = tally.info()
+    replies = {} if job.spec.replies is None else reply_files(job.store)
+    return splits, files | replies | _write_quarantine(job, bad)
+
+
+def _kept(old: Mapping[str, ObjectRecord], split: str, stop: int) -> dict[str, ObjectRecord]:
+    """Return the sequence files of a split whose sequences are all before ``stop``."""
+    stems = tuple(sequence_stem(split, first) for first in range(0, stop, SEQUENCES_PER_FILE))
+    return {key: record for key, record in old.items() if stems and key.startswith(stems)}
+
+
+def _write_quarantine(job: BuildJob, bad: Sequence[BadDocument]) -> dict[str, ObjectRecord]:
+    table = QUARANTINE.empty_table() if not job.base or job.present is None else job.present.quarantine()
+    new = pa.table({name: [getattr(one, name) for one in bad] for name in QUARANTINE.names}, schema=QUARANTINE)
+    rows = pa.concat_tables([table, new.sort_by([(name, "ascending") for name in ("source", "place", "document")])])
+    return write_by_content(job.store, QUARANTINE_STEM, QUARANTINE, [rows.combine_chunks()]) if len(rows) else {}
+
+
+def write_vocabulary(store: Store, tokenizer: Tokenizer) -> dict[str, ObjectRecord]:
+    """Write the pieces by token id."""
+    pieces = pieces_of(tokenizer)
+    table = pa.table({"token_id": range(len(pieces)), "piece": pieces}, schema=VOCABULARY)
+    return write_by_content(store, VOCABULARY_STEM, VOCABULARY, [table])
+
+
+def pieces_of(tokenizer: Tokenizer) -> list[str]:
+    """Return a tokenizer's vocabulary by token id as readable text; SentencePiece's mark of a space becomes a space."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return ["" if piece is None else piece.replace("\u2581", " ") for piece in pieces]
+
+
+def _mixture(spec: CorpusSpec, n_tokens: Mapping[int, int], shares: Mapping[int, float]) -> dict[str, dict[str, Any]]:
+    """Return what ``corpus.json`` says of the mixture: by source its tokens of text, and the share that is kept."""
     return {
-        "complete": len(train) == len(every),
-        "sequences_per_file": SEQUENCES_PER_FILE,
-        "sequences_per_row_group": SEQUENCES_PER_ROW_GROUP,
-        "splits": {split: asdict(split_info(documents, chosen, bos)) for split, chosen in windows.items()},
-        "files": {key: {"nbytes": file.nbytes, "crc32c": file.crc32c} for key, file in files.items()},
+        source: {"n_tokens": n_tokens.get(i, 0), "share": shares.get(i, 1.0)} for i, source in enumerate(spec.sources)
     }
+
+
+def _summed(counts: Sequence[Mapping[int, int]]) -> dict[int, int]:
+    total: dict[int, int] = {}
+    for one in counts:
+        for key, n in one.items():
+            total[key] = total.get(key, 0) + n
+    return total

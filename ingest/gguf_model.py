@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from actlake.ingest.extras import needs
 from actlake.ingest.gguf_file import GgufFile
-from actlake.storage.errors import ModelAccessError
+from actlake.storage.errors import MissingExtraError, ModelAccessError
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +111,7 @@ def converted(notify: Callable[[str], None]) -> Path:
     The folder appears in one rename, so a process killed at any time leaves none that looks whole; of two that race,
     the first one's folder stays. ``notify`` hears of the conversion and of the terms that come with the weights.
     """
-    folder = cache_root() / "models" / f"{PACKAGED}-{packaged_sha256()[:8]}"
+    folder = _folder()
     if _is_complete(folder):
         return folder
     notify(_terms_notice())
@@ -126,6 +126,19 @@ def converted(notify: Callable[[str], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def converted_already() -> Path | None:
+    """Return the folder of the packaged model where it has been converted before, None where it has not."""
+    try:
+        folder = _folder()
+    except MissingExtraError:
+        return None
+    return folder if _is_complete(folder) else None
+
+
+def _folder() -> Path:
+    return cache_root() / "models" / f"{PACKAGED}-{packaged_sha256()[:8]}"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ _WANTED = (
     "special_tokens_map.json",
     "chat_template.*",
 )
+#: The same weights once more, in the layout of their makers' own code.
+_UNWANTED = ("consolidated*", "original/*")
 #: Keys of a config.json that say nothing about the computation.
 _CHANGEABLE = ("transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict", "output_hidden_states")
 
@@ -59,6 +61,22 @@ def check_folder(folder: Path, name: str) -> None:
         raise ModelAccessError(f"model {name!r} lacks {', '.join(missing)} in {folder}{_remedy(folder, missing)}")
 
 
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ``ModelAccessError`` for a config.json whose model needs code of its own, or has quantised weights."""
+    if config.get("auto_map"):
+        code = ", ".join(sorted(str(value) for value in config["auto_map"].values()))
+        raise ModelAccessError(
+            f"{path} asks for code from the model's repository ({code}), which is never run (no trust_remote_code): "
+            "use a model of a class that transformers itself has, or convert it to one and save_pretrained() it"
+        )
+    if config.get("quantization_config"):
+        kind = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelAccessError(
+            f"{path} is of quantised weights ({kind}); activations are taken of the full ones: use the model that it "
+            "was made from, or dequantise it in transformers and save_pretrained() it"
+        )
+
+
 def _remedy(folder: Path, missing: Sequence[str]) -> str:
     if "*.safetensors" in missing and any(p.suffix in (".bin", ".pt", ".pth") for p in folder.iterdir()):
         return "; pickled weights are never read: load them in transformers once and save_pretrained() them here"
@@ -70,7 +88,10 @@ def download(name: str, revision: str | None) -> Path:
     with needs("ingest", f"the Hub model {name!r}"):
         import huggingface_hub
     with _explained(name, revision):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+        folder = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+    return Path(folder)
 
 
 def download_config(name: str, revision: str | None) -> Path:

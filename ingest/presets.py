@@ -34,7 +34,7 @@ def expand_points(hook_points: Sequence[str] | None, preset: str | None, shape: 
         given = "both" if preset is not None else "neither"
         raise BadInputError(f"give either hook_points or preset, not {given} (presets: {', '.join(PRESETS)})")
     patterns = hook_points if preset is None else _patterns(preset, shape)
-    return expand(patterns or (), shape.widths())
+    return expand(patterns or (), shape.widths(), shape.architecture)
 
 
 def _patterns(preset: str, shape: ModelShape) -> tuple[str, ...]:

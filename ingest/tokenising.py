@@ -1,37 +1,40 @@
 """Documents to token ids, a batch at a time; texts are dropped as soon as they are tokenised."""
 
-import hashlib
-import sys
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from actlake.ingest.sources import Document
-from actlake.storage.errors import SourceError
-from actlake.storage.rowspace import content_hash
+from actlake.ingest.chat_tokens import ChatTokeniser, TokenisedChat
+from actlake.ingest.documents import BadDocument, Document
+from actlake.storage.corpus_spec import CorpusSpec
 
 #: A batch of documents ends at either: enough work for the tokenizer's threads, little text in memory.
 _BATCH_DOCUMENTS = 1_000
 _BATCH_CHARACTERS = 1_000_000
 
+#: ``roles`` and ``turns``, one a token, are null for plain text: all of it is text, and in no turn.
 TOKENISED = pa.schema(
     [
         ("document", pa.string()),
         ("source", pa.string()),
         ("text_sha256", pa.binary(32)),
         ("tokens", pa.list_(pa.int32())),
+        ("roles", pa.list_(pa.uint8())),
+        ("turns", pa.list_(pa.int16())),
         ("metadata", pa.map_(pa.string(), pa.string())),
     ]
 )
+
+#: Hears how many documents and tokens are done.
 Progress = Callable[[int, int], None]
 
 
 class Tokenizer(Protocol):
-    """What the corpus needs of a transformers tokenizer."""
+    """What the corpus needs of a transformers tokenizer; chats need a ``backend_tokenizer`` of ``tokenizers`` too."""
 
     @property
     def bos_token_id(self) -> Any:
@@ -47,43 +50,13 @@ class Tokenizer(Protocol):
         """Return the piece of each id."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenisedDocuments:
-    """All documents by ascending id (as UTF-8), their tokens end to end in ``tokens`` int32.
-
-    Document i holds ``tokens[first[i] : first[i] + n_tokens[i]]``; both int64 [n_documents]. ``metadata`` has for each
-    field the documents' values.
-    """
-
-    ids: list[str]
-    sources: list[str]
-    text_sha256: list[bytes]
-    metadata: Mapping[str, list[str | None]]
-    first: npt.NDArray[np.int64]
-    n_tokens: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int32]
-
-    @property
-    def digest(self) -> str:
-        """sha256 over, for each document by id: sha256 of its id, sha256 of its text.
-
-        Where metadata are kept, then that of their canonical JSON too.
-        """
-        digest = hashlib.sha256()
-        for i, (name, text) in enumerate(zip(self.ids, self.text_sha256, strict=True)):
-            digest.update(hashlib.sha256(name.encode()).digest() + text)
-            if self.metadata:
-                digest.update(bytes.fromhex(content_hash({name: of[i] for name, of in self.metadata.items()})))
-        return digest.hexdigest()
-
-
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Group documents into batches of about 1,000 documents or a million characters, whichever comes first."""
     batch: list[Document] = []
     n_characters = 0
     for document in documents:
         batch.append(document)
-        n_characters += len(document.text)
+        n_characters += document.n_characters
         if len(batch) >= _BATCH_DOCUMENTS or n_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, n_characters = [], 0
@@ -91,73 +64,73 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def tokenise_batch(documents: Sequence[Document], tokenizer: Tokenizer) -> pa.Table:
-    """Return a table of the schema ``TOKENISED``, one row a document, without BOS and EOS.
+def tokenise_batch(
+    documents: Sequence[Document], tokenizer: Tokenizer, spec: CorpusSpec
+) -> tuple[pa.Table, list[BadDocument]]:
+    """Return a table of the schema ``TOKENISED``, one row a document, without BOS and EOS; and the bad documents.
 
-    Raises ``SourceError`` for a document that gives no tokens.
+    Those give no tokens or more than ``max_document_tokens``, or are chats whose roles cannot be told. Raises
+    ``SpecMismatchError`` for a tokenizer whose chats look otherwise than the spec says.
     """
-    token_ids = tokenizer([document.text for document in documents], add_special_tokens=False)["input_ids"]
-    for document, ids in zip(documents, token_ids, strict=True):
-        if len(ids) == 0:
-            raise SourceError(f"document {document.id!r} of {document.source!r} gives no tokens; remove it")
+    talking = [document for document in documents if document.messages]
+    talks = iter(ChatTokeniser.of(tokenizer, spec)(talking) if talking else ())
+    texts = iter(token_ids([document.text for document in documents if not document.messages], tokenizer))
+    taken: list[tuple[Document, TokenisedChat | Sequence[int]]] = []
+    bad: list[BadDocument] = []
+    for document in documents:
+        found = next(talks) if document.messages else next(texts)
+        reason = found if isinstance(found, str) else _size(len(found), spec.max_document_tokens)
+        if reason is None and not isinstance(found, str):
+            taken.append((document, found))
+        else:
+            bad.append(
+                BadDocument(document=document.id, source=document.source, place=document.place, reason=str(reason))
+            )
+    return _table(taken), bad
+
+
+def token_ids(texts: list[str], tokenizer: Tokenizer) -> list[Sequence[int]]:
+    """Return the token ids of each text, without BOS and EOS; by the tokenizer's own threads where it has some."""
+    if not texts:
+        return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        found: list[Sequence[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return found
+    # A saved tokenizer, or a call of another user of this one, may have set them.
+    backend.no_truncation()
+    backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _size(n_tokens: int, max_tokens: int | None) -> str | None:
+    if n_tokens == 0:
+        return "it gives no tokens; remove it"
+    if max_tokens is not None and n_tokens > max_tokens:
+        return f"it has {n_tokens:,} tokens, max_document_tokens = {max_tokens:,}; cut it, or raise the limit"
+    return None
+
+
+def _table(taken: Sequence[tuple[Document, TokenisedChat | Sequence[int]]]) -> pa.Table:
+    documents = [document for document, _ in taken]
+    found = [tokens for _, tokens in taken]
+    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum([len(one) for one in found], dtype=np.int32)])
+    ids = itertools.chain.from_iterable(one.tokens if isinstance(one, TokenisedChat) else one for one in found)
     columns = {
         "document": [document.id for document in documents],
         "source": [document.source for document in documents],
-        "text_sha256": [hashlib.sha256(document.text.encode()).digest() for document in documents],
-        "tokens": token_ids,
+        "text_sha256": [document.sha256 for document in documents],
+        "tokens": pa.ListArray.from_arrays(offsets, np.fromiter(ids, np.int32, offsets[-1])),
+        "roles": _of_chats([one.roles if isinstance(one, TokenisedChat) else None for one in found], np.uint8),
+        "turns": _of_chats([one.turns if isinstance(one, TokenisedChat) else None for one in found], np.int16),
         "metadata": [list(document.metadata.items()) for document in documents],
     }
     return pa.table(columns, schema=TOKENISED)
 
 
-def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, progress: Progress | None) -> TokenisedDocuments:
-    """Tokenise all documents; ``progress`` is told documents and tokens done after each batch.
-
-    Raises ``SourceError`` for two documents of one id.
-    """
-    tables = []
-    n_documents = n_tokens = 0
-    for batch in batches(_unique(documents)):
-        tables.append(tokenise_batch(batch, tokenizer))
-        n_documents += len(batch)
-        n_tokens += len(tables[-1]["tokens"].combine_chunks().values)
-        if progress is not None:
-            progress(n_documents, n_tokens)
-    return _collect(tables)
-
-
-def _unique(documents: Iterable[Document]) -> Iterator[Document]:
-    seen: dict[str, str] = {}
-    for document in documents:
-        if document.id in seen:
-            raise SourceError(
-                f"two documents have the id {document.id!r} (in {seen[document.id]!r} and {document.source!r}); "
-                "give each its own id field, or name files of different folders by one pattern such as 'data/**/*.txt'"
-            )
-        seen[document.id] = document.source
-        yield document
-
-
-def _collect(tables: Sequence[pa.Table]) -> TokenisedDocuments:
-    ids = [name for table in tables for name in table["document"].to_pylist()]
-    sources = [sys.intern(source) for table in tables for source in table["source"].to_pylist()]
-    hashes = [digest for table in tables for digest in table["text_sha256"].to_pylist()]
-    metadata = [dict(pairs) for table in tables for pairs in table["metadata"].to_pylist()]
-    lists = [chunk for table in tables for chunk in table["tokens"].chunks]
-    n_tokens = np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in lists]).astype(np.int64)
-    first = np.cumsum(n_tokens) - n_tokens
-    by_id = sorted(range(len(ids)), key=lambda i: ids[i].encode())
-    return TokenisedDocuments(
-        ids=[ids[i] for i in by_id],
-        sources=[sources[i] for i in by_id],
-        text_sha256=[hashes[i] for i in by_id],
-        metadata={name: [_interned(metadata[i][name]) for i in by_id] for name in metadata[0]},
-        first=first[by_id],
-        n_tokens=n_tokens[by_id],
-        tokens=np.concatenate([chunk.flatten().to_numpy() for chunk in lists]),
-    )
-
-
-def _interned(label: str | None) -> str | None:
-    # Few labels on many documents.
-    return None if label is None else sys.intern(label)
+def _of_chats(values: Sequence[npt.NDArray[Any] | None], dtype: Any) -> pa.ListArray:
+    lengths = [0 if value is None else len(value) for value in values]
+    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+    flat = np.concatenate([np.zeros(0, dtype), *(value for value in values if value is not None)])
+    absent = pa.array([value is None for value in values], pa.bool_())
+    return pa.ListArray.from_arrays(offsets, flat, mask=absent)

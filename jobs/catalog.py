@@ -1,6 +1,5 @@
 """Finds the datasets and corpora below a URL. Needs the reader's packages alone."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actlake.storage.errors import ActlakeError
+from actlake.storage.corpus import Corpus
+from actlake.storage.errors import ActlakeError, BadInputError
 from actlake.storage.header import Header
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.manifest import Manifest
@@ -92,8 +92,8 @@ def find(store: Store, depth: int = DEPTH) -> Iterator[Entry]:
     """Yield what lies at a URL and below, not descending into datasets, corpora and hidden folders."""
     try:
         names = store.names()
-    except PermissionError:
-        yield Entry(kind="folder", url=store.url, note="cannot be listed: permission denied")
+    except BadInputError as error:
+        yield Entry(kind="folder", url=store.url, note=str(error))
         return
     if "spec.json" in names:
         yield _dataset(store)
@@ -183,18 +183,16 @@ def _time(text: str | None) -> datetime | None:
 
 def _corpus(store: Store) -> Entry:
     try:
-        header = json.loads(store.read("corpus.json"))
-        n_tokens = sum(split["n_tokens"] for split in header["splits"].values())
-        nbytes = sum(item["nbytes"] for item in header["files"].values())
-        corpus_id = header["corpus_id"]
-    except (ActlakeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        corpus = Corpus.open(store)
+    except ActlakeError as error:
         return Entry(kind="corpus", url=store.url, note=f"corpus.json cannot be read: {error}")
+    n_tokens = sum(split.n_tokens for split in corpus.splits.values())
     return Entry(
         kind="corpus",
         url=store.url,
         n_rows=n_tokens,
         n_planned=n_tokens,
         complete=True,
-        nbytes=nbytes,
-        corpus_id=corpus_id,
+        nbytes=sum(item.nbytes for item in corpus.files.values()),
+        corpus_id=corpus.corpus_id,
     )

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 
-from actlake.ingest.corpus import build_corpus
 from actlake.ingest.extras import needs
 from actlake.ingest.models import (
     ModelRef,
@@ -20,23 +18,43 @@ from actlake.ingest.models import (
     load_tokenizer,
     model_shape,
     resolve_model,
-    tokenizer_fingerprint,
+)
+from actlake.jobs.corpus import (
+    CorpusListener,
+    corpus_engine,
+    count_rows,
+    open_corpus,
+    require_engine,
+    stored_corpus_spec,
 )
 from actlake.jobs.engines import local
 from actlake.jobs.engines.events import Event, ShardAbandoned
 from actlake.jobs.jobfile import Job
-from actlake.jobs.planning import heldout_rows, plan_keep, plan_spec, special_ids
-from actlake.jobs.work import Task, WorkOrder, available_cpus, split_store
+from actlake.jobs.plan.budget import check
+from actlake.jobs.plan.gather import plan_corpus
+from actlake.jobs.plan.machine import HERE
+from actlake.jobs.plan.summary import paragraph
+from actlake.jobs.planning import heldout_rows, plan_batching, plan_keep, plan_spec, special_ids
+from actlake.jobs.work import (
+    Task,
+    WorkOrder,
+    available_cpus,
+    device_of,
+    model_options,
+    n_workers,
+    split_store,
+)
 from actlake.storage.corpus import Corpus
-from actlake.storage.corpus_spec import CorpusSpec
 from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, ShardFailedError, SpecMismatchError
+from actlake.storage.finish import finish
 from actlake.storage.header import Header, prepare
-from actlake.storage.manifest import Manifest, compact, write_root
+from actlake.storage.manifest import Manifest
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import SPLITS, DatasetSpec
 from actlake.storage.stores import Store, relative_url, resolve_url
 
-ENGINES = ("ray", "local")
+#: Tokens of a corpus whose rows Ray counts: minutes of reading for one process.
+COUNT_TOKENS = 2_000_000_000
 
 #: Protocols whose first folder is a bucket.
 _BUCKETS = ("gs", "gcs", "s3", "s3a", "az", "abfs")
@@ -62,14 +80,8 @@ class Plan:
         return sum(task.n_rows for task in self.missing)
 
 
-class Listener:
+class Listener(CorpusListener):
     """Hears how a run goes; this one keeps quiet."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-    def documents(self, n_documents: int, n_tokens: int) -> None:
-        """So many documents and tokens of the corpus are done."""
 
     def planned(self, plan: Plan) -> None:
         """The shards are about to be built."""
@@ -107,6 +119,7 @@ def ingest(
 def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> IngestReport:
     started = time.perf_counter()
     store = Store(job.dataset, job.storage_options)
+    store.require_writable()
     if store.protocol in _BUCKETS and "/" not in store.root.strip("/"):
         raise JobFileError(f"dataset = {job.dataset!r} is a whole bucket; name a folder in it, e.g. '{store.url}/demo'")
     shape = model_shape(job.model, revision=job.revision)
@@ -115,8 +128,11 @@ def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> Inges
     model = resolve_model(job.model, revision=job.revision, notify=hear.note)
     tokenizer = load_tokenizer(model)
     keep = plan_keep(job, special_ids(tokenizer), shape.vocab_size)
-    corpus = _open_corpus(job, store, tokenizer, hear)
-    plan = _prepare(job, store, corpus, _specs(job, model, shape, corpus, keep), hear)
+    corpus = open_corpus(job, model, tokenizer, hear, engine=engine, address=address)
+    _count_rows(corpus, keep, engine, address)
+    specs = _specs(job, store, model, shape, corpus, keep)
+    _check_estimate(job, specs["train"], shape, corpus, address, hear)
+    plan = _prepare(job, store, corpus, specs, hear)
     hear.planned(plan)
     failed = _build_missing(job, plan, _work_order(job, store, corpus, model, plan), engine, address, hear)
     report = _finish(store, plan, failed, time.perf_counter() - started)
@@ -127,8 +143,7 @@ def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> Inges
 
 def _check_engine(job: Job, engine: str, address: str | None, stack: ExitStack) -> None:
     """Find out what is not installed, not there or not reachable before anything is written."""
-    if engine not in ENGINES:
-        raise BadInputError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    require_engine(engine)
     if engine == "ray":
         from actlake.jobs.engines import ray_engine
 
@@ -136,7 +151,7 @@ def _check_engine(job: Job, engine: str, address: str | None, stack: ExitStack) 
         stack.enter_context(nullcontext() if address is None else ray_engine.cluster(address, n_cpus=0))
     with needs("ingest", "building a dataset"):
         import torch
-    if address is None and _device(job).startswith("cuda") and not torch.cuda.is_available():
+    if address is None and device_of(job).startswith("cuda") and not torch.cuda.is_available():
         raise JobFileError(f"run.device = {job.run.device!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
 
 
@@ -159,16 +174,27 @@ def _check_destination(store: Store, job: Job, shape: ModelShape) -> None:
         return
     stored = header.spec
     known = {name: getattr(stored, name) for name in ("model_revision", "model_fingerprint", "corpus_id", "keep")}
+    if job.capture.batching == "auto":
+        known["batching"] = stored.batching
     stored.require_equal(replace(wanted, **known), store.url)
     try:
-        corpus = Corpus.open(resolve_url(header.corpus, store))
+        corpus = Corpus.open(resolve_url(header.corpus, store, [job.corpus.url] if job.corpus.url else []))
     except NotFoundError:
         # Removed, so it is built anew; ``prepare`` refuses it unless it is the same.
         return
-    if lines := corpus.spec.differences(_corpus_spec(job, corpus.spec.tokenizer), places=False):
+    if lines := corpus.spec.differences(stored_corpus_spec(job, corpus), places=False):
         raise SpecMismatchError(
             f"{store.url} was made from another corpus:\n  " + "\n  ".join(lines) + "\nchoose another 'dataset' URL"
         )
+
+
+def _count_rows(corpus: Corpus, keep: KeepRule, engine: str, address: str | None) -> None:
+    """Make the row indexes of a large corpus on the engine; those of a small one are made when they are asked for."""
+    if engine == "local" or sum(info.n_tokens for info in corpus.splits.values()) < COUNT_TOKENS:
+        return
+    with corpus_engine(engine, address) as chosen:
+        for split in SPLITS:
+            count_rows(corpus, split, keep, chosen)
 
 
 def stored_name(model: str) -> str:
@@ -177,36 +203,30 @@ def stored_name(model: str) -> str:
     return folder.resolve().name if folder.is_dir() else model
 
 
-def _corpus_spec(job: Job, fingerprint: str) -> CorpusSpec:
-    return CorpusSpec(
-        sources=job.corpus.sources,
-        text_field=job.corpus.text_field,
-        metadata=job.corpus.metadata,
-        context_length=job.corpus.context_length,
-        prepend_bos=job.capture.prepend_bos,
-        holdout=job.corpus.holdout,
-        seed=job.seed,
-        max_tokens=job.corpus.max_tokens,
-        tokenizer=fingerprint,
-    )
-
-
-def _open_corpus(job: Job, store: Store, tokenizer: Any, hear: Listener) -> Corpus:
-    spec = _corpus_spec(job, tokenizer_fingerprint(tokenizer))
-    if job.corpus.url is not None:
-        place = Store(job.corpus.url, job.storage_options)
-    else:
-        place = resolve_url(f"../corpora/{spec.definition_id}", store)
-    options = dict(job.storage_options)
-    return build_corpus(place, spec, tokenizer, storage_options=options, progress=hear.documents)
-
-
-def _specs(job: Job, model: ModelRef, shape: ModelShape, corpus: Corpus, keep: KeepRule) -> dict[str, DatasetSpec]:
+def _specs(
+    job: Job, store: Store, model: ModelRef, shape: ModelShape, corpus: Corpus, keep: KeepRule
+) -> dict[str, DatasetSpec]:
     named = replace(model, name=stored_name(model.name))
-    return {
-        split: plan_spec(job, model=named, shape=shape, corpus_id=corpus.corpus_id, keep=keep, split=split)
-        for split in SPLITS
-    }
+    spec = plan_spec(job, model=named, shape=shape, corpus_id=corpus.corpus_id, keep=keep, split="train")
+    try:
+        stored = Header.read(store).spec
+    except NotFoundError:
+        stored = None
+    batching = plan_batching(job, spec, corpus, stored)
+    return {split: replace(spec, split=split, batching=batching) for split in SPLITS}
+
+
+def _check_estimate(
+    job: Job, spec: DatasetSpec, shape: ModelShape, corpus: Corpus, address: str | None, hear: Listener
+) -> None:
+    """Say what the run takes; raise ``JobFileError`` where that does not fit the budget or this machine's memory."""
+    if corpus.row_index("train", spec.keep).n_rows == 0:
+        return  # ``_prepare`` says why.
+    found = plan_corpus(job, spec, shape, corpus)
+    # Workers elsewhere are known by ``[plan]`` alone.
+    check(found, memory=address is None or job.plan.machine != HERE)
+    if found.setting.n_rows_left != 0:
+        hear.note(paragraph(found))
 
 
 def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpec], hear: Listener) -> Plan:
@@ -217,17 +237,31 @@ def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpe
         if split == "heldout" and job.max_rows is not None:
             wanted = heldout_rows(job.max_rows, job.corpus.holdout)
         if split == "train" and available == 0:
-            raise BadInputError("the keep rule keeps no token of the corpus; check capture.exclude and skip_first")
+            raise BadInputError(_nothing_kept(corpus, spec.keep))
         if split == "train" and wanted > available:
             hear.note(f"the corpus has {available:,} rows, max_rows asks for {wanted:,}: building all of it")
         if min(wanted, available) == 0:
             hear.note(f"no held-out rows: none of the documents falls into holdout = {job.corpus.holdout}")
             continue
         place = split_store(store, split)
-        header = Header(spec=spec, n_rows=min(wanted, available), corpus=relative_url(corpus.store, place))
+        header = Header(
+            spec=spec,
+            n_rows=min(wanted, available),
+            corpus=relative_url(corpus.store, place),
+            segments=corpus.chain if len(corpus.chain) > 1 else (),
+        )
         headers[split] = prepare(place, header)
     missing = tuple(task for split, header in headers.items() for task in _missing(store, split, header))
     return Plan(headers=headers, missing=missing)
+
+
+def _nothing_kept(corpus: Corpus, keep: KeepRule) -> str:
+    counts = ", ".join(f"{n:,} of {role}" for role, n in corpus.tokens_by_role("train").items())
+    wanted = f"capture.keep asks for {', '.join(keep.roles)}; " if keep.roles else ""
+    return (
+        f"the keep rule keeps no token of the corpus: {wanted}its tokens are {counts}; check capture.keep, exclude and "
+        "skip_first"
+    )
 
 
 def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
@@ -241,7 +275,7 @@ def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
 
 
 def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: Plan) -> WorkOrder:
-    workers = _n_workers(job)
+    workers = n_workers(job)
     return WorkOrder(
         dataset=store.url,
         corpus=corpus.store.url,
@@ -250,30 +284,13 @@ def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: P
         fingerprint=model.fingerprint,
         points=plan.headers["train"].spec.point_names,
         dtype=job.capture.dtype,
-        device=_device(job),
+        device=device_of(job),
         n_threads=job.run.threads or max(1, available_cpus() // workers),
         void_nonfinite=job.capture.void_nonfinite,
+        n_gpus=job.run.gpus_per_worker,
+        model_options=model_options(job),
         storage_options=job.storage_options,
     )
-
-
-def _device(job: Job) -> str:
-    if job.run.device != "auto":
-        return job.run.device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _n_workers(job: Job) -> int:
-    if job.run.workers is not None:
-        return job.run.workers
-    if not _device(job).startswith("cuda"):
-        # One worker with all threads: more of them would only multiply the model and the shard memory.
-        return 1
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def _build_missing(
@@ -286,7 +303,7 @@ def _build_missing(
     else:
         from actlake.jobs.engines import ray_engine
 
-        workers = min(_n_workers(job), len(plan.missing))
+        workers = min(n_workers(job), len(plan.missing))
         events = ray_engine.run(order, plan.missing, attempts=job.run.attempts, workers=workers, address=address)
     failed = []
     for event in events:
@@ -300,12 +317,7 @@ def _finish(store: Store, plan: Plan, failed: list[ShardAbandoned], seconds: flo
     nbytes = raw = 0
     for split, header in plan.headers.items():
         place = split_store(store, split)
-        manifest = Manifest.load(place, header.n_rows)
-        space = header.spec.row_space(header.n_rows)
-        sizes = {shard: len(space.rows_of(shard)) for shard in range(space.n_shards)}
-        groups = compact(place, manifest, space.n_shards, sizes)
-        if manifest.n_rows_by_shard() == sizes:
-            write_root(place, dataset_id=header.spec.dataset_id, n_rows=header.n_rows, manifest=manifest, groups=groups)
+        manifest = finish(place, header)
         nbytes += manifest.nbytes
         raw += manifest.n_rows * header.spec.nbytes_per_row
     return IngestReport(

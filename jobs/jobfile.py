@@ -7,10 +7,18 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from actlake.ingest.chats import CHAT_TEMPLATES, check_reasoning
+from actlake.ingest.documents import ON_BAD
+from actlake.ingest.filters import Filter
+from actlake.ingest.loading import ATTENTION, DEVICE_MAPS
+from actlake.jobs.plan.options import BudgetOptions, PlanOptions
 from actlake.storage.codecs import CODECS
-from actlake.storage.corpus_spec import check_metadata
+from actlake.storage.corpus_spec import check_metadata, check_mixture
 from actlake.storage.errors import BadInputError, JobFileError, nearest
+from actlake.storage.reply_rule import ReplyRule
+from actlake.storage.rowspace import ROLE_CHOICES, KeepRule
 from actlake.storage.sizes import parse_nbytes
+from actlake.storage.spec import BATCHINGS
 
 _DTYPES = ("bfloat16", "float32")
 
@@ -23,7 +31,9 @@ class CaptureOptions:
     prepend_bos: bool = True
     exclude: tuple[str | int, ...] = ("bos", "eos", "pad")
     skip_first: int = 0
+    keep: str | tuple[str, ...] = "all"
     batch_tokens: int = 4096
+    batching: str = "auto"
     void_nonfinite: bool = False
 
     def __post_init__(self) -> None:
@@ -33,8 +43,50 @@ class CaptureOptions:
                 "(in the 270M from layer 8 on); use 'bfloat16', which is what its forward pass computes"
             )
         _one_of("capture.dtype", self.dtype, _DTYPES)
+        if isinstance(self.keep, str):
+            _one_of("capture.keep", self.keep, tuple(ROLE_CHOICES))
+        elif not self.keep:
+            raise JobFileError("capture.keep = [] keeps nothing; name roles, e.g. ['model'], or leave it out")
+        KeepRule(roles=self.roles)
         _at_least("capture.skip_first", self.skip_first, 0)
         _at_least("capture.batch_tokens", self.batch_tokens, 1)
+        _one_of("capture.batching", self.batching, ("auto", *BATCHINGS))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles whose tokens are rows; empty: all."""
+        return ROLE_CHOICES[self.keep] if isinstance(self.keep, str) else self.keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepliesOptions:
+    """``[corpus.replies]``: prompts are completed by the job's own model before they are tokenised."""
+
+    model: str = "same"
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model != "same":
+            raise JobFileError(
+                f"corpus.replies.model = {self.model!r}: replies come from the job's own model, 'same'; to capture "
+                "another one's, build its corpus first and read its conversations: sources = ['<corpus>/replies/"
+                "*.parquet'], messages_field = 'messages'"
+            )
+        self.rule("?", "bfloat16")
+
+    def rule(self, model: str, dtype: str) -> ReplyRule:
+        """Return what the corpus's spec says, of a model with that fingerprint."""
+        return ReplyRule(
+            model=model,
+            dtype=dtype,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            n=self.n,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +95,21 @@ class CorpusOptions:
 
     sources: tuple[str, ...]
     text_field: str = "text"
+    messages_field: str | None = None
+    id_field: str = "id"
     metadata: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+    chat_template: str = "auto"
+    reasoning: str | None = None
+    on_bad: str = "raise"
+    max_document_tokens: int | None = None
     context_length: int = 1024
+    stride: int | None = None
     holdout: float = 0.005
     max_tokens: int | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    replies: RepliesOptions | None = None
     url: str | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +118,15 @@ class CorpusOptions:
                 "corpus.sources is empty; name at least one, e.g. 'builtin:python-docs' or 'texts/*.jsonl'"
             )
         check_metadata(self.metadata, self.text_field)
+        for condition in self.filters:
+            Filter.parse(condition)
+        _one_of("corpus.chat_template", self.chat_template, CHAT_TEMPLATES)
+        check_reasoning(self.reasoning)
+        _one_of("corpus.on_bad", self.on_bad, ON_BAD)
+        for name in ("stride", "max_document_tokens"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(f"corpus.{name}", value, 1)
+        check_mixture(self.sources, self.weights, self.quotas)
         _at_least("corpus.context_length", self.context_length, 2)
         if not 0 <= self.holdout < 1:
             raise JobFileError(f"corpus.holdout = {self.holdout} is a share of the documents: 0 <= holdout < 1")
@@ -83,17 +155,25 @@ class LayoutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """``[run]``: what the job may use; nothing here changes what is stored."""
+    """``[run]``: what the job may use; of what is stored, nothing here changes more than the last bits."""
 
     workers: int | None = None
     threads: int | None = None
     device: str = "auto"
     attempts: int = 2
+    gpus_per_worker: int = 1
+    device_map: str | Mapping[str, str] | None = None
+    attn_implementation: str | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("workers", "threads", "attempts"):
+        for name in ("workers", "threads", "attempts", "gpus_per_worker"):
             if (value := getattr(self, name)) is not None:
                 _at_least(f"run.{name}", value, 1)
+        if self.attn_implementation is not None:
+            _one_of("run.attn_implementation", self.attn_implementation, tuple(ATTENTION))
+        if isinstance(self.device_map, str):
+            _one_of("run.device_map", self.device_map, DEVICE_MAPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +191,8 @@ class Job:
     capture: CaptureOptions = field(default_factory=CaptureOptions)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,6 +208,15 @@ class Job:
 
 def read_job(path: str | Path) -> Job:
     """Read a job file; raise ``JobFileError`` naming the file, the key and the remedy."""
+    table = read_table(path)
+    try:
+        return parse_job(table)
+    except BadInputError as error:
+        raise JobFileError(f"{path}: {error}") from error
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file without looking at its keys; raise ``JobFileError`` for one that cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -133,11 +224,9 @@ def read_job(path: str | Path) -> Job:
     except (OSError, UnicodeDecodeError) as error:
         raise JobFileError(f"cannot read the job file {str(path)!r}: {error}") from error
     try:
-        return parse_job(tomllib.loads(text))
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise JobFileError(f"{path} is not valid TOML: {error}") from error
-    except BadInputError as error:
-        raise JobFileError(f"{path}: {error}") from error
 
 
 def parse_job(table: Mapping[str, Any]) -> Job:
@@ -167,8 +256,12 @@ _EXAMPLES = {
 }
 
 
+#: Keys that take a size such as "16GiB" or "2 TB".
+_SIZES = ("layout.shard_memory", "plan.memory", "plan.nic", "budget.max_bytes")
+
+
 def _check(hint: Any, value: Any, where: str) -> Any:
-    if where == "layout.shard_memory":
+    if where in _SIZES:
         return parse_nbytes(value, where)
     if is_dataclass(hint):
         return _build(hint, _is(Mapping, value, where, "a table"), f"{where}.")  # type: ignore[arg-type]
@@ -177,8 +270,11 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         return tuple(_check(get_args(hint)[0], item, where) for item in items)
     if get_origin(hint) is types.UnionType:
         allowed = tuple(arg for arg in get_args(hint) if get_origin(arg) is None and arg is not type(None))
-        inner = [arg for arg in get_args(hint) if get_origin(arg) is not None]
-        return _check(inner[0], value, where) if inner else _scalar(allowed, value, where)
+        inner = [arg for arg in get_args(hint) if get_origin(arg) is not None or is_dataclass(arg)]
+        allowed = tuple(arg for arg in allowed if not is_dataclass(arg))
+        if inner and (not allowed or isinstance(value, list | dict)):
+            return _check(inner[0], value, where)
+        return _scalar(allowed, value, where)
     if get_origin(hint) is not None:
         return dict(_is(Mapping, value, where, "a table"))
     return _scalar((hint,), value, where)

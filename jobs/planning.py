@@ -4,13 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from actlake.ingest.batching import choose_batching
 from actlake.ingest.models import ModelRef, ModelShape
 from actlake.ingest.presets import expand_points
 from actlake.jobs.jobfile import Job, LayoutOptions
 from actlake.storage.codecs import Codec
+from actlake.storage.corpus import Corpus
 from actlake.storage.errors import JobFileError, nearest
 from actlake.storage.rowspace import KeepRule
-from actlake.storage.spec import ROW_COLUMNS, DatasetSpec, PointSpec
+from actlake.storage.spec import PADDED, ROW_COLUMNS, DatasetSpec, PointSpec
 
 _CHUNK_NBYTES = 2 * 2**20
 _MOST_ROWS_PER_SHARD = 262_144
@@ -62,7 +66,7 @@ def plan_rows_per_shard(layout: LayoutOptions, nbytes_per_row: int) -> int:
 def plan_spec(
     job: Job, *, model: ModelRef, shape: ModelShape, corpus_id: str, keep: KeepRule, split: str
 ) -> DatasetSpec:
-    """Return the spec of one split of the job's dataset."""
+    """Return the spec of one split of the job's dataset; ``batching = "auto"`` is left to ``plan_batching``."""
     points = plan_points(job, shape)
     itemsize = _ITEMSIZE[job.capture.dtype]
     rows_per_shard = plan_rows_per_shard(job.layout, sum(point.width for point in points) * itemsize)
@@ -82,11 +86,32 @@ def plan_spec(
         rows_per_block=job.layout.rows_per_block or rows_per_shard,
         batch_tokens=job.capture.batch_tokens,
         codec=Codec(name=job.layout.codec),
+        batching=PADDED if job.capture.batching == "auto" else job.capture.batching,
     )
 
 
+def plan_batching(job: Job, spec: DatasetSpec, corpus: Corpus, stored: DatasetSpec | None) -> str:
+    """Return how the sequences of a job share batches: as it asks; "auto" stands for what is stored, if anything is.
+
+    Else it stands for the faster one in the first shard that the corpus fills: ``max_rows`` has no say in a spec.
+    """
+    if job.capture.batching != "auto":
+        return job.capture.batching
+    if stored is not None:
+        return stored.batching
+    index = corpus.row_index("train", spec.keep)
+    chosen = index.sequences_of(range(min(index.n_rows, spec.rows_per_shard)))
+    sequences = corpus.sequences("train", chosen.start, chosen.stop)
+    n_rows = np.diff(index.first_row[chosen.start : chosen.stop + 1]).tolist()
+    lengths = [len(sequence.tokens) for sequence, n in zip(sequences, n_rows, strict=True) if n]
+    return choose_batching(lengths, spec.batch_tokens, corpus.spec.context_length)
+
+
 def plan_keep(job: Job, special_ids: Mapping[str, int | None], vocab_size: int) -> KeepRule:
-    """Turn the names and ids of ``capture.exclude`` into a keep rule; a token that the model lacks excludes nothing."""
+    """Turn ``capture.exclude``, ``skip_first`` and ``keep`` into a keep rule.
+
+    A special token that the model lacks excludes nothing.
+    """
     ids: list[int] = []
     for item in job.capture.exclude:
         if isinstance(item, int):
@@ -99,7 +124,7 @@ def plan_keep(job: Job, special_ids: Mapping[str, int | None], vocab_size: int) 
             )
         elif (token_id := special_ids[item]) is not None:
             ids.append(token_id)
-    return KeepRule(exclude=tuple(ids), skip_first=job.capture.skip_first)
+    return KeepRule(exclude=tuple(ids), skip_first=job.capture.skip_first, roles=job.capture.roles)
 
 
 def heldout_rows(n_rows: int, holdout: float) -> int:

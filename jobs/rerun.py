@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from actlake.ingest.build import batches_of, gathered, run_batch, take
 from actlake.ingest.capture import Capture
-from actlake.ingest.models import load_model, resolve_model
+from actlake.ingest.loading import load_model
+from actlake.ingest.models import resolve_model
 from actlake.shards.dataset import ActivationDataset
 from actlake.shards.verify_shard import Problem
 from actlake.storage.corpus import Corpus

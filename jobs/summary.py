@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from actlake.shards.dataset import ActivationDataset
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.moments import Moments
+from actlake.storage.redaction import piece_of
 from actlake.storage.rowspace import ROLES
 
 #: Statistics are shown where they take no more reads than this: one a hook point and shard.
@@ -134,8 +135,8 @@ def head_rows(ds: ActivationDataset, start: int, n: int, point: str | None) -> l
             {
                 "row": row,
                 "token_id": token,
-                "token": pieces[token],
-                "context": "".join(pieces[token] for token in before),
+                "token": piece_of(pieces, token),
+                "context": "".join(piece_of(pieces, token) for token in before),
                 "position": position,
                 "sequence": sequence.index,
                 "document": sequence.document,

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from actlake.shards.dataset import ActivationDataset
 from actlake.storage.corpus import Corpus
-from actlake.storage.corpus_files import flat
+from actlake.storage.corpus_files import QUARANTINE, flat
 from actlake.storage.errors import NotFoundError, SpecMismatchError
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.manifest import SCHEMA
@@ -76,7 +75,6 @@ _STATS = pa.schema(
         ("ratio", pa.float64()),
     ]
 )
-_QUARANTINE = pa.schema([("document", pa.string()), ("source", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +212,7 @@ def _corpus(ds: ActivationDataset) -> Corpus | None:
 
 
 def _quarantined(corpus: Corpus | None) -> pa.Table:
-    if corpus is None or not corpus.store.exists("quarantine.parquet"):
-        return _QUARANTINE.empty_table()
-    return pq.read_table(pa.BufferReader(corpus.store.read("quarantine.parquet")))
+    return QUARANTINE.empty_table() if corpus is None else corpus.quarantine()
 
 
 def _committed_before(ds: ActivationDataset) -> Callable[[I64], I64]:
@@ -240,7 +236,7 @@ def _count_by_role(stored: pa.Table, keep: KeepRule, n_most: int) -> dict[str, I
     tokens, offsets = flat(stored["tokens"])
     roles, _ = flat(stored["roles"])
     position = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
-    kept = KeepRule(exclude=keep.exclude).mask(tokens) & (position >= keep.skip_first)
+    kept = keep.mask(tokens, roles, position)
     kept &= np.cumsum(kept) <= n_most
 
     def count(chosen: npt.NDArray[np.bool_]) -> I64:

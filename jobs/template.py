@@ -26,16 +26,27 @@ max_rows = 1_000_000                 # how much of the corpus to build now; rais
 # prepend_bos = true                 # no EOS is appended
 # exclude = ["bos", "eos", "pad"]    # names or ids: run, but never rows
 # skip_first = 0                     # nor the first tokens of each sequence
-# batch_tokens = 4_096               # padded tokens of one forward pass; part of what decides the bits
+# keep = "all"                       # or "model-turns", "user-turns", "no-template", "reasoning", ["user", "system"]
+# batch_tokens = 4_096               # tokens of one forward pass, padding too; part of what decides the bits
+# batching = "auto"                  # or "padded", "packed" (short texts share a row); fixed when a dataset is begun
 # void_nonfinite = false             # true: rows that overflowed become void rows, and do not fail their shard
 
 [corpus]
-sources = ["builtin:python-docs"]    # or globs of .txt .jsonl(.gz/.zst) .parquet, at file/gs/s3/hf:// URLs
+sources = ["builtin:python-docs"]    # or globs of .txt .jsonl(.gz/.zst) .parquet .arrow, at file/gs/s3/hf:// URLs
 # text_field = "text"
+# messages_field = "messages"        # for chats: records with a list of {{role, content}}
+# chat_template = "auto"             # the tokenizer's own, or Gemma's where it has none; "gemma" always takes that
+# reasoning = "<r>(.*?)</r>"         # what a model's turn thinks; default: <think> where the chat template knows it
+# id_field = "id"
 # metadata = ["category"]            # fields of .jsonl and .parquet to keep: rows are chosen by them when they are read
 context_length = {context}
+# filters = ["language == 'en'"]     # conditions on fields, all of which must hold: == != < <= > >= in, not in
+# on_bad = "raise"                   # "quarantine" puts bad documents aside and lists them
+# max_document_tokens = 1_000_000    # longer documents are bad ones; default: no limit
+# stride = 512                       # text tokens from one window of a long document to the next; default: no overlap
 # holdout = 0.005                    # of the documents, a dataset of its own under heldout/
 # max_tokens = 10_000_000            # cuts the corpus; raising it later extends the same order
+# replies = {{ max_new_tokens = 256, temperature = 1.0, n = 1 }}  # the model completes texts and chats first
 # url = "data/corpora/mine"          # default: beside the dataset, shared by jobs with the same corpus
 
 [layout]
@@ -50,6 +61,18 @@ context_length = {context}
 # threads = 2                        # of each worker; default: all CPUs shared out
 # device = "auto"                    # or "cpu", "cuda"
 # attempts = 2                       # for a shard, before the run goes on without it and ends with exit code 1
+# gpus_per_worker = 1                # more of them share the layers of a model that one cannot hold
+# device_map = "auto"                # how they share them; or a table of modules and devices
+# attn_implementation = "sdpa"       # or "eager", "flash_attention_2", ...: the last bits differ, and are recorded
+# compile = false                    # true: torch.compile between the hook points
+
+[plan]                               # what 'actlake plan' reckons with; docs/planning.md has every key
+# machine = "here"                   # or one of jobs/plan/rates.toml, e.g. "a3-highgpu-8g"
+# months = 1                         # how long the dataset is kept
+
+[budget]                             # a run that would exceed it is refused before it writes
+# max_bytes = "2 TB"
+# max_cost = 500                     # dollars: computing, requests and storage for plan.months
 """
 
 

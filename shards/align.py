@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from actlake.shards.dataset import ActivationDataset, Points, require_torch
 from actlake.shards.source import Source, rows_in_common
+from actlake.storage.corpus_segments import require_one_corpus
 from actlake.storage.errors import BadInputError, SpecMismatchError, UnknownNameError, nearest
 from actlake.storage.moments import Moments
 
@@ -21,7 +22,7 @@ def align(**datasets: ActivationDataset) -> "AlignedDatasets":
     """Read datasets with one ``row_space_id`` as one, each under its keyword: ``align(base=ds1, chat=ds2)``.
 
     Raises ``SpecMismatchError`` where their rows do not line up: which fields of the row space differ, and the first
-    token that does.
+    token that does; and where documents were appended to their corpora that are not the same.
     """
     if not datasets:
         raise BadInputError("align() needs datasets by name, e.g. align(base=ds1, chat=ds2)")
@@ -32,6 +33,7 @@ def align(**datasets: ActivationDataset) -> "AlignedDatasets":
                 f"{name} and {other_name} do not line up ({name}: {first.url}, {other_name}: {other.url}):\n  "
                 + "\n  ".join([*_differing_fields(name, first, other_name, other), _differing_token(first, other)])
             )
+        require_one_corpus(first.header.chain, other.header.chain, name, other_name)
     return AlignedDatasets(datasets)
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from actlake.storage.corpus import Corpus
 from actlake.storage.corpus_files import flat
+from actlake.storage.corpus_segments import require_one_corpus
 from actlake.storage.corpus_spec import TokenSequence
 from actlake.storage.errors import BadInputError, NotFoundError, SpecMismatchError, UnknownNameError, nearest
 from actlake.storage.stores import resolve_url
@@ -189,6 +190,7 @@ class CorpusRows:
                 f"{self._store.url} was made from corpus {spec.corpus_id[:12]}..., but at {store.url} lies "
                 f"{corpus.corpus_id[:12]}...; put the right one there"
             )
+        require_one_corpus(self._header.chain, corpus.chain, self._store.url, store.url)
         return corpus
 
     def _require_numbers(self, corpus: Corpus, first: int, last: int) -> None:

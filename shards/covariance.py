@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from actlake.shards.dataset import ActivationDataset
 from actlake.shards.prefetch import Workers, thread_count
 from actlake.storage.errors import BadInputError, CorruptObjectError, NotFoundError, SpecMismatchError
+from actlake.storage.parquet_bounds import check_footer, require_whole
 from actlake.storage.rowspace import ROLE_VOID
 
 F64 = npt.NDArray[np.float64]
@@ -113,26 +114,32 @@ def read_covariance(dataset: ActivationDataset, point: str) -> Covariance:
     Raises ``NotFoundError`` where there is none, ``CorruptObjectError`` for a damaged one, ``SpecMismatchError`` for
     that of another dataset.
     """
-    key = covariance_key(dataset[point].name)
+    key, width = covariance_key(dataset[point].name), dataset[point].array.width or 1
     remedy = f"'actlake stats {dataset.url} --covariance {point}' computes it"
     try:
-        data = dataset.store.read(key)
+        data = dataset.store.read(key, 16 * width * (width + 2) + (1 << 20))
     except NotFoundError as error:
         raise NotFoundError(f"no covariance at {dataset.url}/{key}; {remedy}") from error
     try:
-        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read()
-        about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-        found = _parsed(table, about)
-    except (ValueError, KeyError, OSError) as error:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        about = {name.decode(): value.decode() for name, value in (file.schema_arrow.metadata or {}).items()}
+        ours = (about["dataset_id"], about["hook_point"]) == (dataset.spec.dataset_id, point)
+        if ours:
+            check_footer(file.metadata, n_rows=width, n_values=width * width)
+            found = _parsed(file.read(), about, width)
+    except (ValueError, KeyError, OSError, pa.ArrowException) as error:
         raise CorruptObjectError(f"{dataset.url}/{key} is damaged ({error}); {remedy} again") from error
-    if (about["dataset_id"], about["hook_point"]) != (dataset.spec.dataset_id, point):
+    if not ours:
         raise SpecMismatchError(
             f"{dataset.url}/{key} is of {about['hook_point']} in dataset {about['dataset_id'][:12]}...; {remedy}"
         )
     return found
 
 
-def _parsed(table: pa.Table, about: Mapping[str, Any]) -> Covariance:
+def _parsed(table: pa.Table, about: Mapping[str, Any], width: int) -> Covariance:
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"its columns are {table.column_names}, not {SCHEMA.names} of their types")
+    require_whole(table, width)
     mean = table["mean"].to_numpy()
     matrix = table["covariance"].combine_chunks().flatten().to_numpy()
     return Covariance(

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actlake.shards.dataset import RowKey, row_numbers
-from actlake.storage.corpus_spec import TokenSequence
+from actlake.shards.point_view import RowKey, row_numbers
+from actlake.storage.corpus_files import REBUILD
+from actlake.storage.corpus_spec import REDACTED, TokenSequence
 from actlake.storage.errors import (
     BadInputError,
     CorruptObjectError,
@@ -19,6 +20,7 @@ from actlake.storage.errors import (
     UnknownNameError,
     nearest,
 )
+from actlake.storage.redaction import piece_of
 from actlake.storage.rowspace import ROLE_VOID, ROLES
 
 if TYPE_CHECKING:
@@ -104,6 +106,12 @@ class SequenceRows:
         return len(self.row)
 
 
+def _piece(dataset: "ActivationDataset", pieces: Sequence[str], token: int) -> str:
+    if not REDACTED <= token < len(pieces):
+        raise CorruptObjectError(f"{dataset.url}: the vocabulary of its corpus ends before token {token}; {REBUILD}")
+    return piece_of(pieces, token)
+
+
 def context(dataset: "ActivationDataset", rows: RowKey, *, before: int = 20, after: int = 10) -> list[RowContext]:
     """Return the token windows and documents of rows, in the order asked for, without reading activations.
 
@@ -136,7 +144,7 @@ def context(dataset: "ActivationDataset", rows: RowKey, *, before: int = 20, aft
             position=position,
             role=_ROLE_NAMES.get(role, str(role)),
             tokens=tokens,
-            pieces=tuple(pieces[token] for token in tokens),
+            pieces=tuple(_piece(dataset, pieces, token) for token in tokens),
             place=position - start,
             document=sequence.document,
             window=sequence.window,
@@ -148,7 +156,7 @@ def context(dataset: "ActivationDataset", rows: RowKey, *, before: int = 20, aft
 
 def _require_token(url: str, row: int, token: int, position: int, sequence: TokenSequence) -> None:
     there = int(sequence.tokens[position]) if position < len(sequence.tokens) else None
-    if there != token:
+    if there != token and not (there == REDACTED and token == 0):
         raise CorruptObjectError(
             f"{url}: row {row} is of token {token}, but the corpus has {there} at place {position} of sequence "
             f"{sequence.index}; 'actlake verify' says which of the two is damaged"

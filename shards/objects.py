@@ -6,7 +6,7 @@ another attempt may have committed meanwhile; where they still differ, ``MixedSh
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -83,22 +83,72 @@ class ShardReader:
 
         self._twice(shard, read)
 
-    def read_rows(self, array: ArraySpec, shard: int, start: int, stop: int, out: npt.NDArray[Any]) -> None:
+    def read_rows(
+        self,
+        array: ArraySpec,
+        shard: int,
+        start: int,
+        stop: int,
+        out: npt.NDArray[Any],
+        held: Mapping[int, memoryview] | None = None,
+    ) -> None:
         """Decode the chunks of a shard's rows ``start:stop`` into ``out``.
 
-        ``start`` is the first row of a chunk; ``out`` has room for whole chunks. Raises as ``read_chunk``.
+        ``start`` is the first row of a chunk; ``out`` has room for whole chunks; ``held`` may have what ``fetch``
+        returned for these rows and others. Raises as ``read_chunk``.
         """
         step = array.rows_per_chunk
-        for place, chunk in enumerate(range(start // step, -(-stop // step))):
-            self.read_chunk(array, shard, chunk, out[place * step : (place + 1) * step])
+        chunks = range(start // step, -(-stop // step))
+        if held is None and not self.store.local and len(chunks) > 1:
+            held = self.fetch(array, shard, [(start, stop)])
+        for place, chunk in enumerate(chunks):
+            target = out[place * step : (place + 1) * step]
+            if held is not None and chunk in held:
+                try:
+                    decode_chunk(array, held[chunk], target, self._where(shard, array.name, chunk))
+                except CorruptObjectError:
+                    pass  # Another attempt may have been committed since; if not, reading it anew raises this again.
+                else:
+                    continue
+            self.read_chunk(array, shard, chunk, target)
+
+    def fetch(self, array: ArraySpec, shard: int, spans: Sequence[tuple[int, int]]) -> dict[int, memoryview]:
+        """Return the stored bytes of the chunks of row spans ``(start, stop)`` of a shard, by chunk number.
+
+        Those that lie close together come by one request (``Store.read_ranges``). Raises as ``read_chunk``.
+        """
+        step = array.rows_per_chunk
+        chunks = [chunk for start, stop in spans for chunk in range(start // step, -(-stop // step))]
+
+        def read(opened: _OpenShard) -> dict[int, memoryview]:
+            index = self._index(array, opened)
+            places = [(start := int(index.offsets[chunk]), start + int(index.lengths[chunk])) for chunk in chunks]
+            try:
+                found = self.store.read_ranges(array.object_key(shard), places)
+            except NotFoundError as error:
+                raise missing_object(self._where(shard, array.name)) from error
+            for chunk, (start, stop), data in zip(chunks, places, found, strict=True):
+                if data.nbytes != stop - start:
+                    where = self._where(shard, array.name, chunk)
+                    raise CorruptObjectError(f"{where}: {data.nbytes} of {stop - start} bytes are there; {REMEDY}")
+            return dict(zip(chunks, found, strict=True))
+
+        return self._twice(shard, read)
 
     def statistics(self, shard: int) -> dict[str, Moments]:
         """Return a shard's moments by hook point; raise ``MissingObjectError`` or ``CorruptObjectError``."""
 
         def read(opened: _OpenShard) -> dict[str, Moments]:
-            return read_statistics(self.store, opened.record)
+            return read_statistics(self.store, opened.record, self.spec)
 
         return self._twice(shard, read)
+
+    def moments(self, shard: int, point: str) -> Moments:
+        """Return a shard's moments at one hook point; raises as ``statistics``."""
+        found = self.statistics(shard).get(point)
+        if found is None or not found.plausible:
+            raise CorruptObjectError(f"{self._where(shard)}: no statistics of {point}, or no numbers; {REMEDY}")
+        return found
 
     # --- what is known of a shard ---
 
@@ -154,10 +204,19 @@ class ShardReader:
         index = opened.indexes.get(array.name)
         if index is None:
             shard = opened.record.shard
-            tail = self._range(array, shard, -array.index_nbytes, 0)
+            tail = self._tail(array, opened.record)
             where = self._where(shard, array.name)
             index = opened.indexes[array.name] = check_index(self.store, array, opened.record, tail, where)
         return index
+
+    def _tail(self, array: ArraySpec, record: ShardRecord) -> bytes:
+        expected = record.objects.get(array.name)
+        if expected is not None and not self.store.local and expected.nbytes > array.index_nbytes:
+            # Not all services know ranges from the end, and to ask for the size first is another request.
+            tail = self._range(array, record.shard, expected.nbytes - array.index_nbytes, expected.nbytes)
+            if tail[-CRC_NBYTES:] == expected.index_crc32c.to_bytes(CRC_NBYTES, "little"):
+                return tail
+        return self._range(array, record.shard, -array.index_nbytes, 0)
 
     def _buffer(self, nbytes: int) -> memoryview:
         # One a thread, since chunks are of about one size.
@@ -212,22 +271,27 @@ def check_index(store: Store, array: ArraySpec, record: ShardRecord, tail: bytes
         raise CorruptObjectError(f"{error}{size}; {REMEDY}") from error
 
 
-def read_statistics(store: Store, record: ShardRecord) -> dict[str, Moments]:
+def read_statistics(store: Store, record: ShardRecord, spec: DatasetSpec) -> dict[str, Moments]:
     """Return the moments stored for a shard, by hook point.
 
-    Raises ``MissingObjectError`` or ``CorruptObjectError`` where they are not those of the record.
+    Raises ``MissingObjectError`` or ``CorruptObjectError`` where they are not those of the record, or of the spec.
     """
+    widths = {point.name: point.width for point in spec.hook_points}
     key = stats_key(record.shard)
     where = f"{store.url}: shard {record.shard}, {key}"
     try:
-        data = store.read(key)
+        # Some 40 bytes a channel and at most 4 MiB of norms.
+        data = store.read(key, 64 * sum(widths.values()) + (8 << 20) * len(widths))
     except NotFoundError as error:
         raise missing_object(where) from error
     check_whole(data, record.stats, where)
-    return from_parquet(data)
+    try:
+        return from_parquet(data, widths)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CorruptObjectError(f"{where} is damaged ({error}); {REMEDY}") from error
 
 
-def check_whole(data: bytes, expected: ObjectRecord, where: str) -> None:
+def check_whole(data: bytes | memoryview, expected: ObjectRecord, where: str) -> None:
     """Raise ``CorruptObjectError`` where a whole object has not the size and crc32c of its record."""
     found = crc32c(data)
     if len(data) != expected.nbytes or found != expected.crc32c:

@@ -127,4 +127,10 @@ def read_column(reader: ShardReader, column: str, shard: int, start: int, stop: 
 def _snapshot(reader: ShardReader) -> Snapshot:
     table = reader.manifest.columns("shard", "n_rows", "n_void")
     shard, n_rows, n_void = (table[name].to_numpy() for name in ("shard", "n_rows", "n_void"))
+    # What is planned for a stream is in proportion to what the records say, and a record may be anyone's.
+    if len(wrong := np.flatnonzero((n_rows > reader.spec.rows_per_shard) | (n_void > n_rows))):
+        raise CorruptObjectError(
+            f"{reader.store.url}: the record of shard {shard[wrong[0]]} says {n_rows[wrong[0]]} rows, "
+            f"{n_void[wrong[0]]} void, of {reader.spec.rows_per_shard}; {REMEDY}"
+        )
     return Snapshot(shard=shard, n_rows=n_rows, n_void=n_void)

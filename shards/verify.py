@@ -23,6 +23,7 @@ from actlake.shards.prefetch import Workers, thread_count
 from actlake.shards.verify_layout import layout_problems
 from actlake.shards.verify_shard import Expected, Problem, ShardCheck
 from actlake.storage.corpus import Corpus
+from actlake.storage.corpus_segments import require_one_corpus
 from actlake.storage.errors import BadInputError, CorruptObjectError, DataError, SpecMismatchError
 from actlake.storage.header import Header, prepare
 from actlake.storage.manifest import Manifest, uncommit
@@ -146,6 +147,7 @@ def _from_corpus(dataset: ActivationDataset, corpus: Corpus) -> Expected:
             f"{dataset.url} is made from corpus {spec.corpus_id[:12]}..., {corpus.store.url} is "
             f"{corpus.corpus_id[:12]}...: give the one that it was made from, or none"
         )
+    require_one_corpus(dataset.header.chain, corpus.chain, dataset.url, corpus.store.url)
     index, one_at_a_time = corpus.row_index(spec.split, spec.keep), threading.Lock()
 
     def expected(record: ShardRecord) -> Mapping[str, npt.NDArray[Any]]:

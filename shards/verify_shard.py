@@ -103,7 +103,7 @@ class ShardCheck:
 
     def _statistics(self, record: ShardRecord) -> dict[str, Moments] | None:
         try:
-            return read_statistics(self.store, record)
+            return read_statistics(self.store, record, self.spec)
         except DataError as error:
             kind = "missing" if isinstance(error, MissingObjectError) else "statistics"
             self._problem(kind, f"{error}")
@@ -186,8 +186,15 @@ class ShardCheck:
     def _check_against_corpus(
         self, found: Mapping[str, npt.NDArray[Any]], expected: Mapping[str, npt.NDArray[Any]]
     ) -> None:
+        gone = expected["role"] == ROLE_VOID
+        if "role" in found and (n_left := int((gone & (found["role"] != ROLE_VOID)).sum())):
+            message = (
+                f"{self.where}: {n_left} rows are of documents that were redacted from the corpus; "
+                "run 'actlake corpus redact' for them again with this --dataset"
+            )
+            self._problem("redacted", message, "rows/role")
         for name, column in found.items():
-            differs = column != expected[name]
+            differs = (column != expected[name]) & ~gone
             if name == "role":
                 differs &= column != ROLE_VOID
             if len(bad := np.flatnonzero(differs)):

@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,13 +133,59 @@ class Dealer:
 
     def start(self, window: Window, workers: Workers) -> "list[Future[None]]":
         """Start the window's tasks: for each unit one a hook point, and one for each row column in demand."""
-        n_units = len(window.units)
-        tasks = [(window, place, name) for place in range(n_units) for name in self.source.points]
+        tasks = [(window, places, name) for places in self._neighbours(window) for name in self.source.points]
         columns = [workers.submit(self._load, (window, name)) for name in sorted(self._wanted)]
-        return workers.share(self._deal, tasks) + columns
+        deal = self._deal if self.source.local else partial(self._deal_remote, workers.turns)
+        return workers.share(deal, tasks) + columns
 
-    def _deal(self, task: tuple[Window, int, str]) -> None:
-        window, place, name = task
+    def _neighbours(self, window: Window) -> list[list[int]]:
+        """Return the places of a window's units in groups that are read together.
+
+        From a local disk each unit is read on its own. Of an object store those that lie side by side come by one
+        request, as far as one may go.
+        """
+        if self.source.local:
+            return [[place] for place in range(len(window.units))]
+        limit = min(reader.store.limits.range_nbytes for reader in self.source.readers)
+        widest = max(array.nbytes_per_row for array in self.source.arrays.values())
+        most = max(1, limit // (self.rows_per_unit * widest))
+        groups: list[list[int]] = []
+        for place in np.argsort(window.units, kind="stable").tolist():
+            unit = int(window.units[place])
+            last = int(window.units[groups[-1][-1]]) if groups else -2
+            beside = unit == last + 1 and self.units.shard[unit] == self.units.shard[last]
+            if beside and len(groups[-1]) < most:
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+        # In the order in which the stream has them: the first batches are waited for first.
+        return sorted(groups, key=min)
+
+    def _deal(self, task: tuple[Window, list[int], str]) -> None:
+        window, places, name = task
+        for place in places:
+            self._deal_unit(window, place, name)
+
+    def _deal_remote(self, turns: AbstractContextManager[Any], task: tuple[Window, list[int], str]) -> None:
+        # Many threads wait for bytes, few decode them.
+        window, places, name = task
+        held = self._fetch(window, places, name)
+        with turns:
+            for place in places:
+                self._deal_unit(window, place, name, held)
+
+    def _fetch(self, window: Window, places: list[int], name: str) -> dict[int, memoryview] | None:
+        reader, array = self.source.points[name]
+        wanted = [place for place in places if place not in window.damaged and window.plan.of_unit(place)]
+        units = sorted(int(window.units[place]) for place in wanted)
+        spans = [(int(self.units.start[unit]), int(self.units.start[unit] + self.units.n_rows[unit])) for unit in units]
+        try:
+            return reader.fetch(array, int(self.units.shard[units[0]]), spans) if units else None
+        except DataError:
+            # Which of the units it is shows when each is read.
+            return None
+
+    def _deal_unit(self, window: Window, place: int, name: str, held: dict[int, memoryview] | None = None) -> None:
         moves = window.plan.of_unit(place)
         if place in window.damaged or not moves:
             return
@@ -146,7 +193,7 @@ class Dealer:
         begun = time.perf_counter()
         try:
             straight = self._straight(window, unit, moves, name)
-            rows = self._decode(name, unit, straight)
+            rows = self._decode(name, unit, straight, held)
         except DataError as error:
             if not self._skip_damaged:
                 raise
@@ -181,13 +228,15 @@ class Dealer:
             return None
         return window.slots[batch].rows(name)[target : target + length]
 
-    def _decode(self, name: str, unit: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+    def _decode(
+        self, name: str, unit: int, out: npt.NDArray[Any] | None, held: dict[int, memoryview] | None
+    ) -> npt.NDArray[Any]:
         reader, array = self.source.points[name]
         shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
         if out is None:
             step = array.rows_per_chunk
             out = self._memory(array, -(-n_rows // step) * step)
-        reader.read_rows(array, shard, start, start + n_rows, out)
+        reader.read_rows(array, shard, start, start + n_rows, out, held)
         return self._only_kept(unit, out[:n_rows])
 
     def _column(self, name: str, unit: int) -> npt.NDArray[Any]:

@@ -20,6 +20,8 @@ from actlake.storage.errors import CorruptObjectError
 _ABSENT = np.uint64(2**64 - 1)
 #: Bytes of the checksum that ends a chunk and a shard index.
 CRC_NBYTES = 4
+#: What blosc adds to data that do not compress (its BLOSC_MAX_OVERHEAD).
+_BLOSC_NBYTES = 16
 
 #: Maps a function over items in order, as ``map`` or an executor's ``map`` does.
 Mapper = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -57,6 +59,11 @@ class ArraySpec:
     def index_nbytes(self) -> int:
         """Size of the shard index with its checksum, at the end of every shard object."""
         return 16 * self.chunks_per_shard + CRC_NBYTES
+
+    @property
+    def max_encoded_nbytes(self) -> int:
+        """Bytes of a stored chunk at most: what does not compress gets blosc's header, and all get a checksum."""
+        return self.rows_per_chunk * self.nbytes_per_row + _BLOSC_NBYTES + CRC_NBYTES
 
     def shape(self, n_rows: int) -> tuple[int, ...]:
         """Return the shape of ``n_rows`` rows of this array."""
@@ -158,6 +165,8 @@ class ShardIndex:
         for chunk, (offset, length) in enumerate(table[:n_chunks].tolist()):
             if offset + length > limit or length < CRC_NBYTES:
                 raise CorruptObjectError(f"{where}, chunk {chunk}: absent or outside of the object's {nbytes} bytes")
+            if length > array.max_encoded_nbytes:
+                raise CorruptObjectError(f"{where}, chunk {chunk}: {length} bytes are more than a chunk can have")
         return cls(offsets=table[:, 0], lengths=table[:, 1], crc32c=found)
 
 

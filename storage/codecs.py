@@ -13,6 +13,7 @@ from numcodecs import blosc
 from numcodecs.blosc import Blosc
 
 from actlake.storage.errors import BadInputError, nearest
+from actlake.storage.stored_json import require_fields
 
 CODECS = ("blosc", "none")
 #: Compressors inside blosc that Zarr v3 readers share.
@@ -49,7 +50,7 @@ class Codec:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """Read what ``to_json`` returned."""
-        return cls(**value)
+        return cls(**require_fields(cls, value))
 
     def zarr_codecs(self, itemsize: int) -> list[dict[str, Any]]:
         """Return the Zarr v3 metadata of this codec for elements of ``itemsize`` bytes, [] for ``none``."""

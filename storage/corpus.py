@@ -6,9 +6,10 @@ larger is, and a handle of the smaller then reads on in the files of the larger.
 """
 
 import io
-import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 
 from actlake.storage.arrays import crc32c
 from actlake.storage.corpus_files import (
+    QUARANTINE,
+    QUARANTINE_STEM,
     REBUILD,
     ROW_INDEX,
     VOCABULARY,
@@ -31,6 +34,7 @@ from actlake.storage.corpus_files import (
     to_sequences,
     write_parquet,
 )
+from actlake.storage.corpus_segments import Segment
 from actlake.storage.corpus_spec import FORMAT_VERSIONS, CorpusSpec, SourceFile, SplitInfo, TokenSequence
 from actlake.storage.errors import (
     BadInputError,
@@ -39,14 +43,32 @@ from actlake.storage.errors import (
     MissingObjectError,
     NotFoundError,
 )
+from actlake.storage.parquet_bounds import check_footer, require_whole
 from actlake.storage.records import ObjectRecord
 from actlake.storage.row_index import RowIndex, count_rows
-from actlake.storage.rowspace import KeepRule
+from actlake.storage.rowspace import ROLES, KeepRule
+from actlake.storage.stored_json import MAX_NBYTES, parse_object, require_fields
 from actlake.storage.stores import Store
 
 FORMAT = "actlake corpus"
 _CACHED_GROUPS = 4
 _Read = TypeVar("_Read")
+#: Applies a function to each of some row groups, in their order.
+Run = Callable[[Callable[[int], npt.NDArray[np.int64]], Sequence[int]], Iterable[npt.NDArray[np.int64]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The types of ``corpus.json``."""
+
+    corpus_id: str
+    complete: bool
+    splits: Mapping[str, dict]  # type: ignore[type-arg]  # looked at one by one
+    files: Mapping[str, dict]  # type: ignore[type-arg]
+    source_files: tuple[dict, ...]  # type: ignore[type-arg]
+    sequences_per_file: int
+    sequences_per_row_group: int
+    redactions: Mapping[str, list] = field(default_factory=dict)  # type: ignore[type-arg]
 
 
 class Corpus:
@@ -57,11 +79,27 @@ class Corpus:
         self.spec = CorpusSpec.from_json(header["spec"])
         self.corpus_id: str = header["corpus_id"]
         self.complete: bool = header["complete"]
-        self.splits = {name: SplitInfo(**value) for name, value in header["splits"].items()}
-        self.files: dict[str, ObjectRecord] = {key: ObjectRecord(**value) for key, value in header["files"].items()}
-        self.source_files = [SourceFile(**value) for value in header["source_files"]]
+        require_fields(_Header, header)
+        self.splits = {name: SplitInfo(**require_fields(SplitInfo, info)) for name, info in header["splits"].items()}
+        self.files: dict[str, ObjectRecord] = {
+            key: ObjectRecord(**require_fields(ObjectRecord, value)) for key, value in header["files"].items()
+        }
+        self.source_files = [SourceFile(**require_fields(SourceFile, value)) for value in header["source_files"]]
+        self.segments = [Segment.from_json(value) for value in header.get("segments", ())] or [
+            Segment(
+                segment_id=self.corpus_id,
+                sources=self.spec.sources,
+                source_files=tuple(self.source_files),
+                splits=self.splits,
+            )
+        ]
+        self.mixture: Mapping[str, Mapping[str, Any]] = header.get("mixture", {})
+        #: By sha256 of the id of each document that was taken out: the token ids of it that stayed.
+        self.redactions: Mapping[str, Sequence[int]] = header.get("redactions", {})
         self._per_file: int = header["sequences_per_file"]
         self.sequences_per_group: int = header["sequences_per_row_group"]
+        if not 1 <= self.sequences_per_group <= self._per_file <= 2**24:
+            raise ValueError(f"{self.sequences_per_group} sequences in a row group, {self._per_file} in a file")
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,12 +121,12 @@ class Corpus:
         version, ``CorruptObjectError`` for a damaged ``corpus.json``.
         """
         try:
-            data = store.read("corpus.json")
+            data = store.read("corpus.json", MAX_NBYTES)
         except NotFoundError as error:
             raise NotFoundError(f"no corpus at {store.url}; 'actlake ingest' builds one") from error
         where = f"{store.url}/corpus.json"
         try:
-            header = json.loads(data)
+            header = parse_object(data)
             if header["format"] != FORMAT:
                 raise CorruptObjectError(f"{where} describes a {header['format']!r}, not a corpus")
             if header["format_version"] not in FORMAT_VERSIONS:
@@ -125,9 +163,10 @@ class Corpus:
         table = self._read_group(split, group, ["sequence", *names], lambda table: table)
         return table.select(list(names)).slice(0, self._split(split).n_sequences - group * self.sequences_per_group)
 
-    def row_index(self, split: str, keep: KeepRule) -> RowIndex:
+    def row_index(self, split: str, keep: KeepRule, run: Run = map) -> RowIndex:
         """Return the first row of every sequence under a keep rule; made and stored at first use.
 
+        ``run(function, row groups)`` yields the function's value for each, in their order: ``map``, or a cluster's.
         The stored bytes follow from the corpus and the rule, so that it does not matter who stores them.
         """
         n_sequences = self._split(split).n_sequences
@@ -135,17 +174,39 @@ class Corpus:
         stored = self._stored_index(key)
         if stored is not None and stored.n_sequences >= n_sequences:
             return RowIndex(stored.first_row[: n_sequences + 1])
-        counts = [self._count(split, group, keep) for group in range(self.n_groups(split))]
-        index = RowIndex.from_counts(np.concatenate([np.zeros(0, np.int64), *counts])[:n_sequences])
+        # What a smaller corpus counted stays: only what came after it is read.
+        first = 0 if stored is None else stored.n_sequences // self.sequences_per_group
+        known = [] if stored is None else [np.diff(stored.first_row[: first * self.sequences_per_group + 1])]
+        counts = run(partial(self.count_rows, split, keep), range(first, self.n_groups(split)))
+        index = RowIndex.from_counts(np.concatenate([np.zeros(0, np.int64), *known, *counts])[:n_sequences])
         schema = ROW_INDEX.with_metadata({"corpus_id": self.corpus_id})
         write_parquet(self.store, key, schema, [pa.table({"first_row": index.first_row}, schema=schema)])
         return index
+
+    def tokens_by_role(self, split: str) -> dict[str, int]:
+        """Return how many tokens of a split have each role, by name, those that there are; reads the roles of all."""
+        counts = np.zeros(256, dtype=np.int64)
+        for group in range(self.n_groups(split)):
+            counts += np.bincount(flat(self.columns(split, group, ["roles"])["roles"])[0], minlength=256)
+        return {name: int(counts[code]) for name, code in ROLES.items() if counts[code]}
 
     def pieces(self) -> list[str]:
         """Return the vocabulary by token id as readable text."""
         table = self._read_listed(VOCABULARY_STEM, lambda key: self._file(key, VOCABULARY).read(["piece"]))
         pieces: list[str] = table["piece"].to_pylist()
         return pieces
+
+    def quarantine(self) -> pa.Table:
+        """Return the documents that could not be used: a table of ``QUARANTINE``."""
+        if not any(key.startswith(QUARANTINE_STEM) for key in self.files):
+            return QUARANTINE.empty_table()
+        table: pa.Table = self._read_listed(QUARANTINE_STEM, lambda key: self._file(key, QUARANTINE).read())
+        return table
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The ids of the segments, in their order."""
+        return tuple(segment.segment_id for segment in self.segments)
 
     def verify(self) -> int:
         """Compare every file that ``corpus.json`` lists with its size and crc32c there; return how many there are.
@@ -180,9 +241,12 @@ class Corpus:
         self._groups.move_to_end((split, group))
         return self._groups[split, group]
 
-    def _count(self, split: str, group: int, keep: KeepRule) -> npt.NDArray[np.int64]:
-        tokens, offsets = self._read_group(split, group, ["sequence", "tokens"], lambda table: flat(table["tokens"]))
-        return count_rows(tokens, offsets.astype(np.int64), keep)
+    def count_rows(self, split: str, keep: KeepRule, group: int) -> npt.NDArray[np.int64]:
+        """Return int64 [n]: how many rows each sequence of a row group has under a keep rule."""
+        names = ["sequence", "tokens", "roles"]
+        table = self._read_group(split, group, names, lambda table: table)
+        tokens, offsets = flat(table["tokens"])
+        return count_rows(tokens, flat(table["roles"])[0], offsets.astype(np.int64), keep)
 
     def _read_group(
         self, split: str, group: int, columns: Sequence[str] | None, decode: Callable[[pa.Table], _Read]
@@ -218,10 +282,11 @@ class Corpus:
         raise CorruptObjectError(f"{self.store.url}/corpus.json lists no {stem}*.parquet; {REBUILD}")
 
     def _table(self, key: str, split: str, first: int, columns: Sequence[str] | None) -> pa.Table:
-        table = self._file(key, sequences_schema(self.spec.metadata)).read_row_group(
+        table = self._file(key, sequences_schema(self.spec.metadata, self.spec.chats)).read_row_group(
             first % self._per_file // self.sequences_per_group, columns=columns
         )
         n_least = min(self.sequences_per_group, self.splits[split].n_sequences - first)
+        require_whole(table, len(table), nullable=self.spec.metadata)
         numbers = table["sequence"].to_numpy()
         if len(numbers) < n_least or not np.array_equal(numbers, np.arange(first, first + len(numbers))):
             raise ValueError(f"sequences {first}:{first + n_least} are not where they should be")
@@ -231,12 +296,20 @@ class Corpus:
         if not self.store.exists(key):
             return None
         with reading(f"{self.store.url}/{key}", "delete it: it is made again"):
-            file = open_parquet(io.BytesIO(self.store.read(key)), ROW_INDEX)
+            data = self.store.read(key, MAX_NBYTES)
+            # Prefix sums, even packed, take more than a bit each.
+            file = open_parquet(io.BytesIO(data), ROW_INDEX)
+            check_footer(file.metadata, n_rows=8 * len(data))
             if (file.schema_arrow.metadata or {}).get(b"corpus_id") != self.corpus_id.encode():
                 return None
             return RowIndex(file.read()["first_row"].to_numpy())
 
     def _file(self, key: str, schema: pa.Schema) -> pq.ParquetFile:
         if key not in self._open_files:
-            self._open_files[key] = open_parquet(ObjectReader(self.store, key), schema)
+            file = open_parquet(ObjectReader(self.store, key), schema)
+            # Of a file of sequences, of which the tokens are most; of the vocabulary and all else 2**24 rows.
+            most = self._per_file if key.startswith("sequences/") else 2**24
+            n_values = self.sequences_per_group * self.spec.context_length
+            check_footer(file.metadata, n_rows=most, n_values=max(most, n_values))
+            self._open_files[key] = file
         return self._open_files[key]

@@ -16,7 +16,7 @@ from actlake.storage.errors import CorruptObjectError, MissingObjectError, NotFo
 from actlake.storage.records import ObjectRecord
 from actlake.storage.stores import Store
 
-_LABEL = pa.dictionary(pa.int32(), pa.string())
+LABEL = pa.dictionary(pa.int32(), pa.string())
 SEQUENCES = pa.schema(
     [
         ("sequence", pa.int64()),
@@ -25,22 +25,30 @@ SEQUENCES = pa.schema(
         ("document", pa.string()),
         ("window", pa.int32()),
         ("offset", pa.int32()),
-        ("source", _LABEL),
+        ("source", LABEL),
     ]
 )
+#: In a corpus of chats: the number of the turn that each token is of.
+TURNS = pa.field("turns", pa.list_(pa.int16()))
+QUARANTINE = pa.schema([(name, pa.string()) for name in ("document", "source", "place", "reason")])
 VOCABULARY = pa.schema([("token_id", pa.int32()), ("piece", pa.string())])
 ROW_INDEX = pa.schema([("first_row", pa.int64())])
 
 REBUILD = "remove that folder and build the corpus again: the same sources give the same bytes"
 
 
-#: What the key of the vocabulary begins with.
+#: What the keys of the vocabulary and of the list of bad documents begin with.
 VOCABULARY_STEM = "vocab"
+QUARANTINE_STEM = "quarantine"
+
+#: A copy of that list for people, who cannot know its checksum.
+QUARANTINE_COPY = "quarantine.parquet"
 
 
-def sequences_schema(metadata: Sequence[str]) -> pa.Schema:
-    """Return the schema of a corpus's sequences: ``SEQUENCES``, then a column for each metadata field."""
-    return pa.schema([*SEQUENCES, *(pa.field(name, _LABEL) for name in metadata)])
+def sequences_schema(metadata: Sequence[str], chats: bool = False) -> pa.Schema:
+    """Return the schema of a corpus's sequences: ``SEQUENCES``, of chats their turns, then the metadata fields."""
+    turns = [TURNS] if chats else []
+    return pa.schema([*SEQUENCES, *turns, *(pa.field(name, LABEL) for name in metadata)])
 
 
 def sequence_stem(split: str, first: int) -> str:
@@ -68,7 +76,7 @@ def write_parquet(store: Store, key: str, schema: pa.Schema, tables: Iterable[pa
 def _encode(schema: pa.Schema, tables: Iterable[pa.Table]) -> memoryview:
     """Return tables as Parquet, a row group each; zstd, with checksums of the pages."""
     sink = pa.BufferOutputStream()
-    dictionaries = [field.name for field in schema if field.name == "document" or field.type == _LABEL]
+    dictionaries = [field.name for field in schema if field.name == "document" or field.type == LABEL]
     with pq.ParquetWriter(
         sink, schema, compression="zstd", use_dictionary=dictionaries, write_page_checksum=True
     ) as writer:
@@ -115,13 +123,22 @@ def to_sequences(table: pa.Table) -> list[TokenSequence]:
     roles, role_offsets = flat(table["roles"])
     if not np.array_equal(offsets, role_offsets):
         raise ValueError("tokens and roles differ in length")
-    scalars = table.drop_columns(["tokens", "roles"]).to_pylist()
-    metadata = table.column_names[len(SEQUENCES) :]
+    lists = ["tokens", "roles"]
+    turns = None
+    # A corpus without chats may have a metadata field of that name.
+    if TURNS in table.schema:
+        lists.append(TURNS.name)
+        turns, turn_offsets = flat(table[TURNS.name])
+        if not np.array_equal(offsets, turn_offsets):
+            raise ValueError("tokens and turns differ in length")
+    scalars = table.drop_columns(lists).to_pylist()
+    metadata = [name for name in table.column_names if name not in (*SEQUENCES.names, *lists)]
     return [
         TokenSequence(
             index=row["sequence"],
             tokens=tokens[start:stop],
             roles=roles[start:stop],
+            turns=None if turns is None else turns[start:stop],
             document=row["document"],
             window=row["window"],
             offset=row["offset"],

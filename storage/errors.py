@@ -5,7 +5,9 @@ Every message names the thing and says what to do next.
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import Any
 
 
 class ActlakeError(Exception):
@@ -83,6 +85,20 @@ class FormatVersionError(DataError):
 
 
 # --- Work that was tried and failed: fix the cause, run again -----------------------------------------------------
+
+
+class StoreError(ActlakeError, OSError):
+    """A store that did not answer in time, or answered with an error, however often it was asked."""
+
+    def __init__(self, message: str) -> None:
+        # With a number, as errors of a disk and a network have: it says nothing about the data.
+        super().__init__(errno.EIO, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreError, (self.args[1],)
 
 
 class ShardFailedError(ActlakeError):

@@ -4,33 +4,58 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from actlake.storage.errors import CorruptObjectError, FormatVersionError, NotFoundError
-from actlake.storage.spec import FORMAT_VERSION, DatasetSpec
+from actlake.storage.corpus_segments import require_one_corpus
+from actlake.storage.errors import BadInputError, CorruptObjectError, FormatVersionError, NotFoundError
+from actlake.storage.rowspace import MAX_SHARDS
+from actlake.storage.sealed import check_seal, seal
+from actlake.storage.spec import FORMAT_VERSIONS, DatasetSpec
+from actlake.storage.stored_json import parse_object, require_fields
 from actlake.storage.stores import Store
+
+#: ``spec.json`` of 400 hook points has 40 kB.
+_MAX_NBYTES = 16 << 20
 
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The contents of ``spec.json``: the spec, the planned rows, and where the corpus lies (relative, or a URL)."""
+    """The contents of ``spec.json``: the spec, the planned rows, and where the corpus lies (relative, or a URL).
+
+    ``segments`` are the ids of the corpus's segments when the rows were planned; empty where there was only one.
+    """
 
     spec: DatasetSpec
     n_rows: int
     corpus: str
+    segments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n_rows < 0 or self.spec.row_space(self.n_rows).n_shards > MAX_SHARDS:
+            raise BadInputError(
+                f"{self.n_rows} rows in shards of {self.spec.rows_per_shard} are not 0 to {MAX_SHARDS} shards; "
+                "raise layout.rows_per_shard"
+            )
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The ids of the corpus's segments, of which the first is the corpus's own."""
+        return self.segments or (self.spec.corpus_id,)
 
     def to_bytes(self) -> bytes:
         """Return ``spec.json``."""
         value = {
             "format": "actlake dataset",
-            "format_version": FORMAT_VERSION,
+            "format_version": self.spec.format_version,
             "dataset_id": self.spec.dataset_id,
             "row_space_id": self.spec.row_space_id,
             "n_rows": self.n_rows,
             "corpus": self.corpus,
             "spec": self.spec.to_json(),
         }
-        return _json(value)
+        if self.segments:
+            value["segments"] = list(self.segments)
+        return _json(seal(value))
 
     @classmethod
     def read(cls, store: Store) -> "Header":
@@ -40,7 +65,7 @@ class Header:
         ``CorruptObjectError`` for a damaged ``spec.json``.
         """
         try:
-            data = store.read("spec.json")
+            data = store.read("spec.json", _MAX_NBYTES)
         except NotFoundError as error:
             found = ", ".join(store.names()[:8]) or "nothing"
             raise NotFoundError(
@@ -48,19 +73,29 @@ class Header:
             ) from error
         where = f"{store.url}/spec.json"
         try:
-            value = json.loads(data)
-            version = value["format_version"]
+            value = parse_object(data)
+            version, dataset_id = value["format_version"], value["dataset_id"]
             if value["format"] != "actlake dataset":
                 raise CorruptObjectError(f"{where} describes an {value['format']!r}, not a dataset")
-            if version != FORMAT_VERSION:
+            if version not in FORMAT_VERSIONS:
+                known = ", ".join(map(str, FORMAT_VERSIONS))
                 raise FormatVersionError(
-                    f"{where} has format version {version}; this actlake reads {FORMAT_VERSION}: pip install -U actlake"
+                    f"{where} has format version {version}; this actlake reads {known}: pip install -U actlake"
                 )
-            header = cls(spec=DatasetSpec.from_json(value["spec"]), n_rows=value["n_rows"], corpus=value["corpus"])
+            require_fields(cls, value, skip=["spec"])
+            if not isinstance(dataset_id, str):
+                raise TypeError(f"dataset_id = {dataset_id!r:.80} is no text")
+            header = cls(
+                spec=DatasetSpec.from_json(value["spec"]),
+                n_rows=value["n_rows"],
+                corpus=value["corpus"],
+                segments=tuple(value.get("segments", ())),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptObjectError(f"{where} is damaged ({type(error).__name__}: {error})") from error
-        if header.spec.dataset_id != value["dataset_id"]:
-            raise CorruptObjectError(f"{where}: the spec does not hash to dataset_id {value['dataset_id'][:12]}...")
+        if header.spec.dataset_id != dataset_id:
+            raise CorruptObjectError(f"{where}: the spec does not hash to dataset_id {dataset_id[:12]}...")
+        check_seal(value, where)
         return header
 
 
@@ -76,6 +111,7 @@ def prepare(store: Store, header: Header) -> Header:
         stored = None
     if stored is not None:
         stored.spec.require_equal(header.spec, store.url)
+        require_one_corpus(stored.chain, header.chain, store.url, f"the corpus at {header.corpus}")
         if stored.n_rows >= header.n_rows:
             return _restored(store, stored)
         # The totals of the smaller dataset must not outlive it.

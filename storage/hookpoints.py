@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Self
 
 from actlake.storage.errors import BadInputError, UnknownNameError, nearest
+from actlake.storage.foreign_names import translate
 
 #: Streams in the order of the computation inside a block.
 STREAMS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
@@ -40,11 +41,13 @@ class HookPoint:
         return cls(int(match[1]), match[2])
 
 
-def expand(patterns: str | Sequence[str], available: Iterable[str]) -> tuple[str, ...]:
+def expand(patterns: str | Sequence[str], available: Iterable[str], architecture: str = "") -> tuple[str, ...]:
     """Return the available names that the patterns select, each once, in the order of ``available``.
 
-    ``*`` stands for any part of a name (``layers.*.resid_post``, ``layers.9.*``). Raises ``UnknownNameError`` naming
-    the valid layer range or the nearest name for a pattern that selects nothing, ``BadInputError`` for no pattern.
+    ``*`` stands for any part of a name (``layers.*.resid_post``, ``layers.9.*``). Names of other tools stand for ours
+    (``gs2:9/attn_out``, ``tl:blocks.9.hook_resid_post``), as they do in models of ``architecture``. Raises
+    ``UnknownNameError`` naming the valid layer range or the nearest name for a pattern that selects nothing,
+    ``BadInputError`` for no pattern.
     """
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     names = list(available)
@@ -54,10 +57,12 @@ def expand(patterns: str | Sequence[str], available: Iterable[str]) -> tuple[str
     for pattern in wanted:
         if not isinstance(pattern, str):
             raise BadInputError(f"hook points are text such as 'layers.9.resid_post', not {pattern!r}")
-        found = {name for name in names if fnmatchcase(name, pattern)}
-        if not found:
-            raise UnknownNameError(f"no hook point {pattern!r}{_hint(pattern, names)}")
-        chosen |= found
+        for ours in translate(pattern, architecture):
+            found = {name for name in names if fnmatchcase(name, ours)}
+            if not found:
+                shown = repr(pattern) if ours == pattern else f"{pattern!r}, which is {ours!r}"
+                raise UnknownNameError(f"no hook point {shown}{_hint(ours, names)}")
+            chosen |= found
     return tuple(name for name in names if name in chosen)
 
 

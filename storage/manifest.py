@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Self
@@ -40,12 +41,17 @@ from actlake.storage.manifest_files import (
     to_table,
 )
 from actlake.storage.records import GROUP_SHARDS, ShardRecord, commit_folder, commit_key, read_record
-from actlake.storage.rowspace import RowSpace
+from actlake.storage.rowspace import MAX_SHARDS, RowSpace
+from actlake.storage.sealed import check_seal, seal
+from actlake.storage.stored_json import parse_object, require_fields
 from actlake.storage.stores import Store
 
 __all__ = ["SCHEMA", "Manifest", "compact", "group_key", "read_root", "uncommit", "write_root"]
 
 I64 = npt.NDArray[np.int64]
+
+#: A million groups have 10 MB of numbers.
+_MAX_ROOT_NBYTES = 16 << 20
 
 #: What opening reads of every shard: 32 bytes.
 _CORE = ("shard", "n_rows", "n_void", "nbytes")
@@ -249,7 +255,7 @@ def write_root(store: Store, *, dataset_id: str, n_rows: int, manifest: Manifest
         # A short one may be left of commits that were replaced since.
         if key not in present or key != index_key(number, INDEX_GROUPS * GROUP_SHARDS):
             store.write(key, index_bytes(manifest.tables(_groups_of_index(number))))
-    store.write("root.json", json.dumps(value, sort_keys=True, indent=1).encode())
+    store.write("root.json", json.dumps(seal(value), sort_keys=True, indent=1).encode())
     for group in _lost_groups(store, value):
         _delete_summaries(store, group)
     for key in present.difference(value["index"]):
@@ -263,14 +269,41 @@ def read_root(store: Store) -> dict[str, Any] | None:
     ``index`` and ``nbytes_by_array`` are absent where an early actlake wrote them.
     """
     try:
-        value: dict[str, Any] = json.loads(store.read("root.json"))
+        value = check_seal(parse_object(store.read("root.json", _MAX_ROOT_NBYTES)), f"{store.url}/root.json")
         if missing := {"dataset_id", "n_rows", "n_shards", "nbytes", "groups"} - set(value):
             raise ValueError(f"fields missing: {', '.join(sorted(missing))}")
+        _check_root(value)
     except NotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise CorruptObjectError(f"{store.url}/root.json is damaged ({error}); {REMEDY}") from error
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Root:
+    """The types of the totals."""
+
+    dataset_id: str
+    n_rows: int
+    n_shards: int
+    nbytes: int
+    groups: tuple[int, ...]
+    index: tuple[str, ...]
+    nbytes_by_array: Mapping[str, int]
+
+
+def _check_root(value: Mapping[str, Any]) -> None:
+    require_fields(_Root, value)
+    n_shards, groups = value["n_shards"], value["groups"]
+    if not 0 <= n_shards <= MAX_SHARDS:
+        raise ValueError(f"n_shards = {n_shards} is not 0 to {MAX_SHARDS}")
+    if groups != sorted(set(groups)) or not set(groups) <= set(range(n_shards // GROUP_SHARDS)):
+        raise ValueError("groups that there cannot be")
+    if "index" in value and value["index"] != index_keys(n_shards):
+        raise ValueError("keys of the index that there cannot be")
+    if any(nbytes < 0 for nbytes in value.get("nbytes_by_array", {}).values()):
+        raise ValueError("sizes below 0")
 
 
 def uncommit(store: Store, shard: int) -> None:
@@ -321,13 +354,23 @@ def _finished_parts(store: Store, root: Mapping[str, Any]) -> Sequence[Part]:
     if "index" not in root:
         return parts
     return [
-        IndexFile(store, key, [parts[group] for group in _groups_of_index(number) if group < len(parts)])
+        IndexFile(
+            store,
+            key,
+            _shards_of_index(number, n_shards),
+            [parts[group] for group in _groups_of_index(number) if group < len(parts)],
+        )
         for number, key in enumerate(root["index"])
     ]
 
 
 def _groups_of_index(number: int) -> range:
     return range(number * INDEX_GROUPS, (number + 1) * INDEX_GROUPS)
+
+
+def _shards_of_index(number: int, n_shards: int) -> range:
+    most = INDEX_GROUPS * GROUP_SHARDS
+    return range(number * most, min((number + 1) * most, n_shards))
 
 
 def _shards_of(group: int, n_shards: int | None = None) -> range:
@@ -361,7 +404,8 @@ def _groups(store: Store) -> list[int]:
 
 
 def _commits(store: Store, group: int) -> list[int]:
-    return _numbers(store, commit_folder(group), ".json")
+    # A record in another group's folder is nobody's: its shard is read from its own place, or not there.
+    return [shard for shard in _numbers(store, commit_folder(group), ".json") if shard // GROUP_SHARDS == group]
 
 
 def _numbers(store: Store, folder: str, suffix: str) -> list[int]:

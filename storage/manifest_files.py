@@ -14,12 +14,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actlake.storage.corpus_files import ObjectReader
 from actlake.storage.errors import CorruptObjectError, NotFoundError
+from actlake.storage.parquet_bounds import check_footer, require_whole
 from actlake.storage.records import GROUP_SHARDS, ObjectRecord, Provenance, ShardRecord, read_record
+from actlake.storage.stored_json import parse_object
 from actlake.storage.stores import Store
+
+#: Objects of one shard: as many as a spec has room for hook points.
+_MAX_OBJECTS = 2**17
 
 #: Groups in one object of the index.
 INDEX_GROUPS = 64
@@ -128,9 +134,11 @@ class GroupFile:
 
     def __init__(self, store: Store, group: int) -> None:
         self.group, self._store, self._key = group, store, group_key(group)
+        self._shards = range(group * GROUP_SHARDS, (group + 1) * GROUP_SHARDS)
 
     def read(self, names: Sequence[str]) -> pa.Table:
-        return _read(self._store, self._key, _open(self._store, self._key, SCHEMA.names), names)
+        footer = _open(self._store, self._key, SCHEMA.names, self._shards)
+        return _read(self._store, self._key, footer, names, self._shards)
 
     def sizes(self, arrays: Sequence[str]) -> pa.Table:
         return sizes_by_array(self.read(["objects"]), arrays)
@@ -147,16 +155,16 @@ class GroupFile:
 class IndexFile:
     """One object of the index of a finished dataset; ``parts`` have what it leaves out."""
 
-    def __init__(self, store: Store, key: str, parts: Sequence[Part]) -> None:
-        self._store, self._key, self._parts = store, key, parts
+    def __init__(self, store: Store, key: str, shards: range, parts: Sequence[Part]) -> None:
+        self._store, self._key, self._shards, self._parts = store, key, shards, parts
 
     @cached_property
     def _footer(self) -> pq.FileMetaData:
         # Of 160 columns: to parse it takes as long as to read four of them.
-        return _open(self._store, self._key, SCALARS)
+        return _open(self._store, self._key, SCALARS, self._shards)
 
     def read(self, names: Sequence[str]) -> pa.Table:
-        return _read(self._store, self._key, self._footer, names)
+        return _read(self._store, self._key, self._footer, names, self._shards)
 
     def sizes(self, arrays: Sequence[str]) -> pa.Table:
         return self.read([_SIZES + array for array in arrays]).rename_columns(list(arrays))
@@ -178,9 +186,12 @@ def to_table(records: Iterable[ShardRecord]) -> pa.Table:
 
 
 def to_records(table: pa.Table) -> Iterator[ShardRecord]:
-    """Yield the records of a table of the whole schema."""
+    """Yield the records of a table of the whole schema; raise ``CorruptObjectError`` for what can be none."""
     for batch in table.to_batches(max_chunksize=256):
-        yield from map(_from_row, batch.to_pylist())
+        try:
+            yield from map(_from_row, batch.to_pylist())
+        except (ValueError, TypeError) as error:
+            raise CorruptObjectError(f"a manifest is damaged ({error}); {REMEDY}") from error
 
 
 def sizes_by_array(table: pa.Table, arrays: Sequence[str] | None = None) -> pa.Table:
@@ -241,7 +252,7 @@ def _from_row(row: Mapping[str, Any]) -> ShardRecord:
             for o in row["objects"]
         },
         stats=ObjectRecord(nbytes=row["stats_nbytes"], crc32c=row["stats_crc32c"]),
-        provenance=Provenance(software=json.loads(row["software"]), **{name: row[name] for name in names}),
+        provenance=Provenance(software=parse_object(row["software"].encode()), **{name: row[name] for name in names}),
     )
 
 
@@ -249,9 +260,12 @@ def _from_row(row: Mapping[str, Any]) -> ShardRecord:
 
 
 def group_bytes(table: pa.Table) -> bytes:
-    """Return the file of a group."""
+    """Return the file of a group.
+
+    Without statistics, which nobody reads: Arrow ends the process where those of a damaged footer do not agree.
+    """
     sink = io.BytesIO()
-    pq.write_table(table.combine_chunks(), sink, compression="zstd")
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True, write_statistics=False)
     return sink.getvalue()
 
 
@@ -281,32 +295,61 @@ def index_bytes(tables: Iterable[pa.Table]) -> memoryview:
         use_dictionary=texts,
         column_encoding=dict.fromkeys(integers, "DELTA_BINARY_PACKED"),
         write_page_checksum=True,
+        write_statistics=False,
     )
     return memoryview(sink.getvalue())
 
 
-def _open(store: Store, key: str, columns: Sequence[str]) -> pq.FileMetaData:
-    """Return the footer of a file that has just these columns of the schema, and those of sizes."""
+def _open(store: Store, key: str, columns: Sequence[str], shards: range) -> pq.FileMetaData:
+    """Return the footer of a file that has just these columns of the schema, and those of sizes, of these shards."""
     with _reading(store, key):
         footer = pq.ParquetFile(ObjectReader(store, key)).metadata
-        fields = [field for field in footer.schema.to_arrow_schema() if not field.name.startswith(_SIZES)]
+        every = footer.schema.to_arrow_schema()
+        sizes = [field for field in every if field.name.startswith(_SIZES)]
         # With a schema given, pyarrow would fill absent columns with nulls.
-        if not pa.schema(fields).equals(pa.schema([SCHEMA.field(name) for name in columns])):
+        expected = pa.schema([SCHEMA.field(name) for name in columns])
+        if not pa.schema([field for field in every if field not in sizes]).equals(expected) or not all(
+            field.type == pa.int64() for field in sizes
+        ):
             raise ValueError("other columns than a manifest's")
+        # A shard has at most as many objects as there are arrays: 434 hook points in the largest model that we know.
+        check_footer(footer, n_rows=len(shards), n_values=len(shards) * _MAX_OBJECTS)
+        if footer.num_rows != len(shards):
+            raise ValueError(f"{footer.num_rows} rows, not those of the {len(shards)} shards from {shards.start} on")
         return footer
 
 
-def _read(store: Store, key: str, footer: pq.FileMetaData, names: Sequence[str]) -> pa.Table:
+def _read(store: Store, key: str, footer: pq.FileMetaData, names: Sequence[str], shards: range) -> pa.Table:
     present = set(footer.schema.to_arrow_schema().names)
     with _reading(store, key):
         # Buffered: the columns come in one read, or few.
         options = {"metadata": footer, "pre_buffer": True, "page_checksum_verification": True}
         table = pq.ParquetFile(ObjectReader(store, key), **options).read([name for name in names if name in present])
+        if present.intersection(names):
+            _check(table, shards)
     for name in names:
         if name not in present:
             table = table.append_column(name, pa.nulls(footer.num_rows, pa.int64()))
     # Fields of a file carry Parquet ids, which would get into the bytes of a group written from them.
     return table.select(names).cast(pa.schema([(name, _type(name)) for name in names]))
+
+
+def _check(table: pa.Table, shards: range) -> None:
+    """Raise ``ValueError`` for columns that no records have: a file is anyone's until it is looked at."""
+    sizes = [name for name in table.column_names if name.startswith(_SIZES)]
+    require_whole(table, len(shards), nullable=sizes)
+    for name in {"first_row", "n_rows", "n_void", "nbytes", *sizes}.intersection(table.column_names):
+        if (least := pc.min(table[name]).as_py()) is not None and least < 0:
+            raise ValueError(f"{name} = {least}")
+    if "shard" in table.column_names:
+        numbers = table["shard"].combine_chunks()
+        # Not to_numpy, which imports pandas: 2 s of a core.
+        found = np.frombuffer(numbers.buffers()[1], dtype=np.int64, count=len(numbers), offset=8 * numbers.offset)
+        if not np.array_equal(found, np.arange(shards.start, shards.stop)):
+            raise ValueError(f"other shards than {shards.start} to {shards.stop - 1}")
+    if "software" in table.column_names:
+        for text in pc.unique(table["software"]).to_pylist():
+            parse_object(text.encode())
 
 
 @contextmanager
@@ -315,7 +358,7 @@ def _reading(store: Store, key: str) -> Iterator[None]:
         yield
     except NotFoundError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, LookupError, OSError, pa.ArrowException) as error:
         # Arrow's own complaints carry no errno; a disk's or a network's do, and say nothing about the data.
         if isinstance(error, OSError) and error.errno is not None:
             raise

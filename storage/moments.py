@@ -4,6 +4,7 @@ Shards are folded by a fixed binary tree over shard numbers, never in order of a
 """
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeVar
@@ -15,7 +16,17 @@ import pyarrow.parquet as pq
 
 from actlake.storage.arrays import Mapper
 from actlake.storage.errors import DataError
-from actlake.storage.norms import F64, I64, NormHistogram, OutlierRow, largest, merge_largest
+from actlake.storage.norms import (
+    F64,
+    I64,
+    MAX_BINS,
+    N_OUTLIERS,
+    NormHistogram,
+    OutlierRow,
+    largest,
+    merge_largest,
+)
+from actlake.storage.parquet_bounds import check_footer, require_whole
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Moments")
@@ -38,6 +49,13 @@ _SCHEMA = pa.schema(
         ("outlier_norms", pa.list_(pa.float64())),
     ]
 )
+
+
+_LATE = _SCHEMA.names[_SCHEMA.names.index("n_nonfinite") :]
+
+#: What a file may hold where nobody knows of what it is: as many values as are 1 GiB.
+_MAX_VALUES = 2**27
+_MAX_POINTS = 2**17
 
 
 class OutlierChannel(NamedTuple):
@@ -132,6 +150,12 @@ class Moments:
         )
 
     @property
+    def plausible(self) -> bool:
+        """Whether mean, m2 and mean norm are numbers that rows can have: what is stored may be anyone's."""
+        known = np.isfinite(self.mean).all() and np.all((self.m2 >= 0) & (self.m2 < np.inf))
+        return bool(known) and 0 <= self.norm_mean < math.inf
+
+    @property
     def variance(self) -> F64:
         """Population variance per channel, float64 [D]; zeros where there are no rows."""
         return self.m2 / self.count if self.count else np.zeros_like(self.m2)
@@ -186,12 +210,14 @@ def of_shard(rows: npt.NDArray[Any], mapper: Mapper = map, numbers: I64 | None =
 
 def fold(parts: Mapping[int, Moments], width: int) -> Moments:
     """Merge per-shard moments by the fixed tree: shards ``[0, 2**k)`` halve and halve again; absent ones are empty."""
-    if not parts:
-        return Moments.empty(width)
-    size = 1 << max(parts).bit_length()
-    empty = Moments.empty(width)
-    level = [parts.get(shard, empty) for shard in range(size)]
-    return fold_list(level)
+    # Empty ones change nothing, so only the others are looked at, however large their numbers.
+    level = {shard: part for shard, part in sorted(parts.items()) if part.count or part.n_nonfinite}
+    while len(level) > 1:
+        above: dict[int, Moments] = {}
+        for shard, part in level.items():
+            above[shard // 2] = above[shard // 2].merge(part) if shard // 2 in above else part
+        level = above
+    return next(iter(level.values()), Moments.empty(width))
 
 
 def fold_list(level: Sequence[M]) -> M:
@@ -210,10 +236,25 @@ def to_parquet(moments: Mapping[str, Moments]) -> bytes:
     return sink.getvalue()
 
 
-def from_parquet(data: bytes) -> dict[str, Moments]:
-    """Read what ``to_parquet`` wrote, or that of an earlier actlake."""
-    rows = pq.read_table(pa.BufferReader(data), schema=_SCHEMA).to_pylist()
-    return {row["hook_point"]: _from_row(row) for row in rows}
+def from_parquet(data: bytes, widths: Mapping[str, int] | None = None) -> dict[str, Moments]:
+    """Read what ``to_parquet`` wrote, or that of an earlier actlake.
+
+    Raises ``ValueError`` for what are no statistics, or of other hook points than these, or of other widths.
+    """
+    most = sum(widths.values()) + MAX_BINS * len(widths) if widths else _MAX_VALUES
+    check_footer(pq.ParquetFile(pa.BufferReader(data)).metadata, n_rows=_MAX_POINTS, n_values=most)
+    try:
+        table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA)
+        require_whole(table, len(table), nullable=_LATE)
+    except pa.ArrowException as error:
+        raise ValueError(f"no statistics: {error}") from error
+    found = {row["hook_point"]: _from_row(row) for row in table.to_pylist()}
+    if len(found) < len(table):
+        raise ValueError("a hook point is there twice")
+    for name, moments in found.items():
+        if widths is not None and widths.get(name) != len(moments.mean):
+            raise ValueError(f"{name!r:.40} is there with {len(moments.mean)} channels")
+    return found
 
 
 def _to_row(moments: Moments) -> dict[str, Any]:
@@ -235,12 +276,21 @@ def _from_row(row: Mapping[str, Any]) -> Moments:
     norms = outliers = None
     if row["norm_bins"] is not None:
         norms = NormHistogram(bins=np.array(row["norm_bins"], np.int64), counts=np.array(row["norm_counts"], np.int64))
+        if not norms.plausible:
+            raise ValueError("norm_bins or norm_counts are no histogram")
     if row["outlier_rows"] is not None:
+        if len(row["outlier_rows"]) != len(row["outlier_norms"]) or len(row["outlier_rows"]) > N_OUTLIERS:
+            raise ValueError("outlier_rows and outlier_norms differ in length, or are too many")
         outliers = tuple(map(OutlierRow, row["outlier_rows"], row["outlier_norms"]))
+        if not all(item.row >= 0 and 0 <= item.norm < math.inf for item in outliers):
+            raise ValueError("outlier_rows or outlier_norms that cannot be")
+    mean, m2 = (np.array(row[name], dtype=np.float64) for name in ("mean", "m2"))
+    if len(mean) != len(m2) or row["count"] < 0 or (row["n_nonfinite"] or 0) < 0:
+        raise ValueError("mean, m2, count or n_nonfinite that cannot be")
     return Moments(
         count=row["count"],
-        mean=np.array(row["mean"], dtype=np.float64),
-        m2=np.array(row["m2"], dtype=np.float64),
+        mean=mean,
+        m2=m2,
         norm_mean=row["norm_mean"],
         n_nonfinite=row["n_nonfinite"],
         norm_histogram=norms,

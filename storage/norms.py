@@ -16,6 +16,9 @@ N_OUTLIERS = 16
 #: every machine agrees, and 128 bins an octave, each 0.4 to 0.8 % of its norms wide. Part of the format.
 _SHIFT = 45
 
+#: Bins of finite norms: 2,047 octaves.
+MAX_BINS = 2047 << 7
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NormHistogram:
@@ -41,6 +44,13 @@ class NormHistogram:
     def count(self) -> int:
         """Rows."""
         return int(self.counts.sum())
+
+    @property
+    def plausible(self) -> bool:
+        """Whether these are bins of norms that there can be, ascending, none of them empty."""
+        bins, counts = self.bins, self.counts
+        inside = len(bins) == len(counts) and bool(np.all((bins >= 0) & (bins < MAX_BINS)))
+        return inside and bool(np.all(np.diff(bins) > 0) and np.all((counts > 0) & (counts < 2**53)))
 
     @property
     def lower(self) -> F64:

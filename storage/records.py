@@ -8,8 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-from actlake.storage.errors import CorruptObjectError
+from actlake.storage.errors import BadInputError, CorruptObjectError
+from actlake.storage.rowspace import MAX_ROWS_PER_SHARD, MAX_SHARDS
+from actlake.storage.sealed import check_seal, seal
+from actlake.storage.stored_json import parse_object, require_fields
 from actlake.storage.stores import Store
+
+#: A record of 400 arrays has 50 kB.
+_MAX_NBYTES = 16 << 20
 
 #: Commits in one folder, and shards in one compacted manifest group.
 GROUP_SHARDS = 1024
@@ -38,10 +44,14 @@ class ObjectRecord:
     crc32c: int
     index_crc32c: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.nbytes < 2**63 or not 0 <= self.crc32c < 2**32 or not 0 <= self.index_crc32c < 2**32:
+            raise BadInputError(f"{self} is no object's: sizes are of 63 bits, checksums of 32")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Who built a shard, when and on what; not reproducible."""
+    """Who built a shard, when and on what; not reproducible. ``copied_from`` is the dataset it was copied from."""
 
     attempt: str = ""
     host: str = ""
@@ -53,6 +63,18 @@ class Provenance:
     forward_s: float = 0.0
     encode_s: float = 0.0
     write_s: float = 0.0
+    copied_from: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n_tokens < 2**63:
+            raise BadInputError(f"n_tokens = {self.n_tokens} is no number of tokens")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values; of a shard that was built in its place no word of copies."""
+        value = asdict(self)
+        if not self.copied_from:
+            del value["copied_from"]
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +91,13 @@ class ShardRecord:
     stats: ObjectRecord
     provenance: Provenance
 
+    def __post_init__(self) -> None:
+        first, n_rows, n_void = self.first_row, self.n_rows, self.n_void
+        if not 0 <= self.shard < MAX_SHARDS or not 0 <= self.revision < 2**31:
+            raise BadInputError(f"shard {self.shard} or revision {self.revision} is none that there can be")
+        if not 0 <= first < 2**63 or not 0 <= n_rows <= MAX_ROWS_PER_SHARD or not 0 <= n_void < 2**63:
+            raise BadInputError(f"shard {self.shard}: {n_rows} rows from {first} on, {n_void} void: that cannot be")
+
     @property
     def nbytes(self) -> int:
         """Stored bytes of the shard's arrays."""
@@ -83,32 +112,39 @@ class ShardRecord:
 
     def to_bytes(self) -> bytes:
         """Return the record as it is stored."""
-        value = {"content": self.content, "revision": self.revision, "provenance": asdict(self.provenance)}
-        return json.dumps(value, sort_keys=True, indent=1).encode()
+        value = {"content": self.content, "revision": self.revision, "provenance": self.provenance.to_json()}
+        return json.dumps(seal(value), sort_keys=True, indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
         """Read a stored record; raise ``CorruptObjectError`` naming ``where`` for anything else."""
         try:
-            value = json.loads(data)
-            content = value["content"]
-            objects = {name: ObjectRecord(**item) for name, item in content.pop("objects").items()}
-            stats = ObjectRecord(**content.pop("stats"))
+            value = parse_object(data)
+            content = dict(require_fields(cls, value["content"], skip=["objects", "stats"]))
+            objects = {name: _object(item) for name, item in content.pop("objects").items()}
+            stats = _object(content.pop("stats"))
             known = {item.name for item in fields(Provenance)}
-            provenance = Provenance(**{k: v for k, v in value["provenance"].items() if k in known})
-            revision = int(value["revision"])
-            return cls(**content, revision=revision, objects=objects, stats=stats, provenance=provenance)
+            about = require_fields(Provenance, value["provenance"])
+            provenance = Provenance(**{name: about[name] for name in known & about.keys()})
+            revision = require_fields(cls, {"revision": value["revision"]})["revision"]
+            found = cls(**content, revision=revision, objects=objects, stats=stats, provenance=provenance)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptObjectError(
                 f"{where} is no commit record ({type(error).__name__}: {error}); "
                 "delete it and root.json, then 'actlake ingest' builds the shard again"
             ) from error
+        check_seal(value, where)
+        return found
+
+
+def _object(value: Any) -> ObjectRecord:
+    return ObjectRecord(**require_fields(ObjectRecord, value))
 
 
 def read_record(store: Store, shard: int) -> ShardRecord:
     """Read one commit record; raise ``NotFoundError`` where the shard is not committed."""
     key = commit_key(shard)
-    record = ShardRecord.from_bytes(store.read(key), f"{store.url}/{key}")
+    record = ShardRecord.from_bytes(store.read(key, _MAX_NBYTES), f"{store.url}/{key}")
     if record.shard != shard:
         raise CorruptObjectError(f"{store.url}/{key} is the record of shard {record.shard}")
     return record

@@ -53,13 +53,17 @@ class RowIndex:
         return range(int(first) - 1, int(last))
 
 
-def count_rows(tokens: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], keep: KeepRule) -> npt.NDArray[np.int64]:
+def count_rows(
+    tokens: npt.NDArray[np.int32], roles: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], keep: KeepRule
+) -> npt.NDArray[np.int64]:
     """Return int64 [n]: how many tokens of each sequence the rule keeps.
 
-    Sequence i is ``tokens[offsets[i]:offsets[i + 1]]``; equal to ``keep.mask(sequence).sum()``, for all at once.
+    Sequence i is ``tokens[offsets[i]:offsets[i + 1]]`` with its ``roles``; equal to ``keep.mask(...).sum()`` of each,
+    for all at once.
     """
-    place = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
-    kept = KeepRule(exclude=keep.exclude).mask(tokens[offsets[0] : offsets[-1]]) & (place >= keep.skip_first)
+    position = np.arange(offsets[0], offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
+    chosen = slice(offsets[0], offsets[-1])
+    kept = keep.mask(tokens[chosen], roles[chosen], position)
     running = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept, dtype=np.int64)])
     counts: npt.NDArray[np.int64] = np.diff(running[offsets - offsets[0]])
     return counts

@@ -5,13 +5,15 @@ Everything here is a pure function of the spec; ``docs/format.md`` is the normat
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from actlake.storage.errors import BadInputError
+from actlake.storage.errors import BadInputError, nearest
+from actlake.storage.stored_json import require_fields
 
 #: Role codes of ``rows/role``: what kind of text a row's token is from.
 ROLE_TEXT = 0
@@ -21,7 +23,22 @@ ROLE_VOID = 255
 #: what a model writes before its answer where that is marked.
 ROLES = {"text": ROLE_TEXT, "user": 1, "model": 2, "system": 3, "template": 4, "reasoning": 5, "void": ROLE_VOID}
 
+#: What a keep rule may be called instead of a list of roles.
+ROLE_CHOICES = {
+    "all": (),
+    "model-turns": ("model", "reasoning"),
+    "user-turns": ("user",),
+    "no-template": ("text", "user", "model", "system", "reasoning"),
+    "reasoning": ("reasoning",),
+}
+
 ORDERS = ("shuffled", "sequence")
+
+#: Shards that a dataset has at most: twelve times those of the largest release that we know of.
+MAX_SHARDS = 2**24
+
+#: Rows of a shard at most: 256 times the largest default. A row column of as many is half a gigabyte.
+MAX_ROWS_PER_SHARD = 2**26
 
 
 def content_hash(value: Any) -> str:
@@ -32,25 +49,56 @@ def content_hash(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRule:
-    """Which tokens become rows: all but the excluded ids and the first ``skip_first`` positions of a sequence."""
+    """Which tokens become rows: all but the excluded ids and the first ``skip_first`` positions of a sequence.
+
+    ``roles`` narrows them to tokens of these roles, by name; empty takes every role.
+    """
 
     exclude: tuple[int, ...] = ()
     skip_first: int = 0
+    roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.skip_first < 0:
             raise BadInputError(f"skip_first = {self.skip_first} is negative; use 0 to skip nothing")
+        if self.skip_first >= 2**31:
+            raise BadInputError(f"skip_first = {self.skip_first} is beyond any sequence; use 0 to skip nothing")
+        if strange := [token for token in self.exclude if not 0 <= token < 2**31]:
+            raise BadInputError(f"exclude: {strange[:3]} are no token ids; those are 0 to 2**31 - 1")
+        kept = ROLES.keys() - {"void"}
+        for role in self.roles:
+            if role not in kept:
+                raise BadInputError(f"keep: no role {role!r}{nearest(role, kept)}")
         object.__setattr__(self, "exclude", tuple(sorted(set(self.exclude))))
+        object.__setattr__(self, "roles", tuple(sorted(set(self.roles), key=ROLES.__getitem__)))
 
     @property
     def keep_id(self) -> str:
         """Names the rule's row index below a corpus."""
-        return content_hash(asdict(self))[:16]
+        return content_hash(self.to_json())[:16]
 
-    def mask(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Return bool [T]: True where the token of one sequence is a row."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the rule as JSON values; without roles no word of them, as in version 1."""
+        value: dict[str, Any] = {"exclude": list(self.exclude), "skip_first": self.skip_first}
+        return value | ({"roles": list(self.roles)} if self.roles else {})
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Read what ``to_json`` returned."""
+        require_fields(cls, value)
+        return cls(**{**value, "exclude": tuple(value["exclude"]), "roles": tuple(value.get("roles", ()))})
+
+    def mask(
+        self,
+        tokens: npt.NDArray[np.int32],
+        roles: npt.NDArray[np.uint8],
+        positions: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.bool_]:
+        """Return bool [T]: True where a token is a row; by default the tokens are those of one sequence."""
         keep = ~np.isin(tokens, np.array(self.exclude, dtype=np.int32))
-        keep[: self.skip_first] = False
+        keep &= (np.arange(len(tokens)) if positions is None else positions) >= self.skip_first
+        if self.roles:
+            keep &= np.isin(roles, np.array([ROLES[role] for role in self.roles], dtype=np.uint8))
         return keep
 
 

@@ -10,7 +10,7 @@ from actlake.storage.corpus import Corpus
 from actlake.storage.corpus_spec import TokenSequence
 from actlake.storage.errors import DataError
 from actlake.storage.row_index import RowIndex
-from actlake.storage.rowspace import RowSpace
+from actlake.storage.rowspace import ROLE_VOID, RowSpace
 from actlake.storage.spec import ROW_COLUMNS, DatasetSpec
 
 I64 = npt.NDArray[np.int64]
@@ -36,7 +36,7 @@ class ShardRows:
         positions, places = [], []
         for sequence in sequences:
             first = int(index.first_row[sequence.index])
-            kept = np.flatnonzero(spec.keep.mask(sequence.tokens))[
+            kept = np.flatnonzero(spec.keep.mask(sequence.tokens, sequence.roles))[
                 max(0, rows.start - first) : max(0, rows.stop - first)
             ]
             start = max(first, rows.start) - rows.start
@@ -47,7 +47,7 @@ class ShardRows:
         return cls(sequences=tuple(sequences), positions=tuple(positions), places=tuple(places))
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the row columns as they are stored, by name; no row is void."""
+        """Return the row columns as they are stored, by name; the rows of redacted documents are void."""
         n_rows = sum(map(len, self.places))
         found = {name: np.empty(n_rows, dtype=dtype) for name, dtype in ROW_COLUMNS.items()}
         for sequence, positions, places in zip(self.sequences, self.positions, self.places, strict=True):
@@ -55,4 +55,12 @@ class ShardRows:
             found["position"][places] = positions
             found["sequence"][places] = sequence.index
             found["role"][places] = sequence.roles[positions]
+        found["token_id"][self.void] = 0
+        found["role"][self.void] = ROLE_VOID
         return found
+
+    @property
+    def void(self) -> I64:
+        """Where in the shard the rows of redacted documents are stored, int64 [n]."""
+        both = zip(self.sequences, self.places, strict=True)
+        return np.concatenate([np.zeros(0, np.int64), *(places for sequence, places in both if sequence.redacted)])

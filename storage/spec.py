@@ -11,13 +11,23 @@ from actlake.storage.arrays import ArraySpec
 from actlake.storage.codecs import Codec
 from actlake.storage.errors import BadInputError, FormatVersionError, SpecMismatchError, nearest
 from actlake.storage.hookpoints import HookPoint, expand
-from actlake.storage.rowspace import ORDERS, KeepRule, RowSpace, content_hash
+from actlake.storage.rowspace import MAX_ROWS_PER_SHARD, ORDERS, KeepRule, RowSpace, content_hash
+from actlake.storage.stored_json import require_fields
 
-#: Raised by one with every change that an older reader would misread; docs/format.md has the history.
-FORMAT_VERSION = 1
+#: Raised by one with every change that an older reader would misread; docs/format.md has the history. A dataset is
+#: written with the lowest version that has all it uses.
+FORMAT_VERSIONS = (1, 2)
+
+#: What a reader holds in memory before it has seen a byte of a dataset that may be anyone's: a chunk for each thread,
+#: a shard index for each array. 128 times the default chunk; 16 MiB of index.
+_MAX_CHUNK_NBYTES = 256 << 20
+_MAX_CHUNKS = 2**20
+_MAX_WIDTH = 2**20
 
 SPLITS = ("train", "heldout")
 DTYPES = ("bfloat16", "float32")
+#: How sequences share a batch: each in a row of its own, or several in one row, kept apart by a mask.
+PADDED, PACKED = BATCHINGS = ("padded", "packed")
 
 #: Columns stored for every row, on the shard grid of the hook points.
 ROW_COLUMNS = {"token_id": "int32", "position": "int32", "sequence": "int64", "role": "uint8"}
@@ -35,6 +45,8 @@ class PointSpec:
         HookPoint.parse(self.name)
         if self.width < 1 or self.rows_per_chunk < 1:
             raise BadInputError(f"{self.name}: width {self.width} and rows_per_chunk {self.rows_per_chunk} must be > 0")
+        if self.width > _MAX_WIDTH:
+            raise BadInputError(f"{self.name}: width {self.width} must be at most {_MAX_WIDTH}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +68,14 @@ class DatasetSpec:
     rows_per_block: int
     batch_tokens: int
     codec: Codec
+    batching: str = PADDED
 
     def __post_init__(self) -> None:
         for value, valid, what in (
             (self.split, SPLITS, "split"),
             (self.dtype, DTYPES, "dtype"),
             (self.order, ORDERS, "order"),
+            (self.batching, BATCHINGS, "batching"),
         ):
             if value not in valid:
                 raise BadInputError(f"{what} = {value!r} is not one of {', '.join(valid)}{nearest(value, valid)}")
@@ -77,6 +91,8 @@ class DatasetSpec:
         self._check_layout()
 
     def _check_layout(self) -> None:
+        if self.rows_per_shard > MAX_ROWS_PER_SHARD:
+            raise BadInputError(f"rows_per_shard = {self.rows_per_shard} must be at most {MAX_ROWS_PER_SHARD}")
         if self.rows_per_shard < 1 or self.rows_per_block < 1 or self.rows_per_shard % self.rows_per_block:
             raise BadInputError(
                 f"shuffle block of {self.rows_per_block} rows does not divide rows_per_shard = {self.rows_per_shard}; "
@@ -88,32 +104,48 @@ class DatasetSpec:
                     f"rows_per_chunk = {point.rows_per_chunk} ({point.name}) does not divide "
                     f"rows_per_shard = {self.rows_per_shard}; powers of two always do, e.g. 1_024 and 16_384"
                 )
+        for array in self.arrays().values():
+            nbytes = array.rows_per_chunk * array.nbytes_per_row
+            if nbytes > _MAX_CHUNK_NBYTES or array.chunks_per_shard > _MAX_CHUNKS:
+                raise BadInputError(
+                    f"{array.name}: {array.chunks_per_shard} chunks of {nbytes} bytes a shard; at most {_MAX_CHUNKS} "
+                    f"of {_MAX_CHUNK_NBYTES} are read: choose another rows_per_chunk (2 MiB is the default)"
+                )
 
     # --- identity ---
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON values; ``from_json`` reads it back."""
-        return asdict(self) | {
-            "keep": {"exclude": list(self.keep.exclude), "skip_first": self.keep.skip_first},
+        """Return the spec as JSON values; ``from_json`` reads it back. Without ``batching`` where that is padded."""
+        value = asdict(self) | {
+            "keep": self.keep.to_json(),
             "hook_points": [asdict(point) for point in self.hook_points],
             "codec": self.codec.to_json(),
         }
+        if self.batching == PADDED:
+            del value["batching"]
+        return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Read a spec; raise ``FormatVersionError`` for fields that this version does not know or misses."""
         known = {field.name for field in fields(cls)}
-        if set(value) != known:
-            strange = ", ".join(sorted(set(value) ^ known))
-            raise FormatVersionError(f"the spec's fields differ from format {FORMAT_VERSION}: {strange}")
-        keep = KeepRule(exclude=tuple(value["keep"]["exclude"]), skip_first=value["keep"]["skip_first"])
-        points = tuple(PointSpec(**point) for point in value["hook_points"])
+        if set(value) | {"batching"} != known:
+            strange = ", ".join(sorted((set(value) | {"batching"}) ^ known))
+            raise FormatVersionError(f"the spec's fields differ from format {FORMAT_VERSIONS[-1]}: {strange}")
+        require_fields(cls, value, skip=["keep", "hook_points", "codec"])
+        keep = KeepRule.from_json(value["keep"])
+        points = tuple(PointSpec(**require_fields(PointSpec, point)) for point in value["hook_points"])
         return cls(**{**value, "keep": keep, "hook_points": points, "codec": Codec.from_json(value["codec"])})
+
+    @property
+    def format_version(self) -> int:
+        """The version of the format that such a dataset has: 2 where rows are chosen by role or batches packed."""
+        return 2 if self.keep.roles or self.batching != PADDED else 1
 
     @property
     def dataset_id(self) -> str:
         """The sha256 of the spec's canonical JSON, with the format version."""
-        return content_hash({"format_version": FORMAT_VERSION, "spec": self.to_json()})
+        return content_hash({"format_version": self.format_version, "spec": self.to_json()})
 
     @property
     def row_space_id(self) -> str:
@@ -129,7 +161,7 @@ class DatasetSpec:
 
     def difference(self, other: "DatasetSpec") -> list[str]:
         """Return one line for each field that differs, ``name: here 1, there 2``."""
-        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
+        mine, theirs = (_flat({"batching": PADDED} | spec.to_json()) for spec in (self, other))
         return [
             f"{name}: here {mine.get(name)!r}, there {theirs.get(name)!r}"
             for name in sorted(mine.keys() | theirs.keys())
@@ -158,7 +190,7 @@ class DatasetSpec:
 
     def select(self, patterns: "str | list[str] | tuple[str, ...]") -> tuple[str, ...]:
         """Expand hook point patterns against what is stored."""
-        return expand(patterns, self.point_names)
+        return expand(patterns, self.point_names, self.architecture)
 
     def row_space(self, n_rows: int) -> RowSpace:
         """Return the row arithmetic for a number of rows."""

@@ -4,9 +4,10 @@ Objects are written whole and never changed in place. On a local disk that is a 
 object store's PUT has the same effect. Keys are relative POSIX paths that cannot leave the folder.
 """
 
+import errno
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -14,10 +15,20 @@ from typing import Any, Self
 import fsspec
 from fsspec.utils import stringify_path
 
-from actlake.storage.errors import BadInputError, MissingExtraError, NotFoundError
+from actlake.storage.clients import FsspecClient, Reader
+from actlake.storage.errors import ActlakeError, BadInputError, CorruptObjectError, NotFoundError, StoreError
+from actlake.storage.limits import split_options
+from actlake.storage.ranges import merge
+from actlake.storage.secrets import redacted
 
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3", "hf": "ingest"}
 _TEMPORARY = ".actlake-"
+
+#: Where nothing can be written to, and why.
+_READ_ONLY = {
+    "hf": "the Hub takes every file as a commit, 100,000 files and 128 commits an hour at most",
+    "http": "HTTP servers take no objects",
+    "https": "HTTP servers take no objects",
+}
 
 
 class Store:
@@ -36,30 +47,44 @@ class Store:
         self.local = self.protocol in ("file", "local")
         self.root = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
         self.url = self.root if self.local else f"{self.protocol}://{self.root}"
-        self._fs: fsspec.AbstractFileSystem | None = None
-        self._pid = os.getpid()
+        self.limits, self._client_options = split_options(self.options)
+        # The process that opened them, and the clients.
+        self._opened: tuple[int, tuple[FsspecClient, Reader]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fs": None}
+        return self.__dict__ | {"_opened": None}
 
     def __repr__(self) -> str:
         # Options may hold credentials: never shown.
         return f"Store({self.url!r})"
 
+    def _clients(self) -> tuple[FsspecClient, Reader]:
+        """Return the client, and what reads objects; both are opened at first use in this process."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            with self._answering(""):
+                client = FsspecClient(self.protocol, self._client_options, self.limits)
+                self._opened = os.getpid(), (client, self._reader(client))
+        return self._opened[1]
+
+    def _reader(self, client: FsspecClient) -> Reader:
+        if self.local or self.limits.client == "fsspec":
+            return client
+        from actlake.storage.obstore_client import open_reader
+
+        return open_reader(self.protocol, self.root, self._client_options, self.limits) or client
+
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system, opened at first use in this process."""
-        if self._fs is None or self._pid != os.getpid():
-            try:
-                self._fs = fsspec.filesystem(self.protocol, **self.options)
-            except ImportError as error:
-                extra = _EXTRAS.get(self.protocol)
-                remedy = f"pip install 'actlake[{extra}]'" if extra else f"install the package for it ({error})"
-                raise MissingExtraError(f"{self.protocol}:// needs a package that is absent; {remedy}") from error
-            except ValueError as error:
-                raise BadInputError(f"no file system for {self.url!r}: {error}") from error
-            self._pid = os.getpid()
-        return self._fs
+        return self._clients()[0].fs
+
+    def require_writable(self) -> None:
+        """Raise ``BadInputError``, with the reason, where no dataset can be written."""
+        if why := _READ_ONLY.get(self.protocol):
+            raise BadInputError(
+                f"{self.url} cannot be written to: {why}; write to a folder or a bucket (gs://, s3://, az://), and "
+                "copy the finished dataset from there"
+            )
 
     def path(self, key: str) -> str:
         """Return the file system's own path of ``key``; raise ``BadInputError`` for a key that leaves the folder."""
@@ -73,22 +98,45 @@ class Store:
         path = self.path(key)
         return type(self)(path if self.local else f"{self.protocol}://{path}", self.options)
 
-    def read(self, key: str) -> bytes:
-        """Return a whole object; raise ``NotFoundError`` where there is none."""
-        with self._named(key):
-            if self.local:
-                return Path(self.path(key)).read_bytes()
-            return bytes(self.fs.cat_file(self.path(key)))
+    def read(self, key: str, most: int | None = None) -> bytes:
+        """Return a whole object; raise ``NotFoundError`` where there is none.
+
+        Of more than ``most`` bytes little more is read: ``CorruptObjectError``.
+        """
+        path = self.path(key)
+        with self._answering(key):
+            if most is None:
+                return Path(path).read_bytes() if self.local else bytes(self._clients()[1].read(path))
+            if not self.local:
+                data = bytes(self._clients()[1].read_range(path, 0, most + 1))
+            elif os.stat(path).st_size <= most:
+                return Path(path).read_bytes()
+            if self.local or len(data) > most:
+                raise CorruptObjectError(f"{self.url}/{key} has more than {most} bytes: no such object is as large")
+            return data
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Return bytes ``start:stop`` of an object, fewer where it ends before; ``start`` < 0 counts from the end."""
-        with self._named(key):
+        path = self.path(key)
+        with self._answering(key):
             if not self.local:
-                return bytes(self.fs.cat_file(self.path(key), start=start, end=None if start < 0 else stop))
-            with open(self.path(key), "rb", buffering=0) as file:
+                return bytes(self._clients()[1].read_range(path, start, stop))
+            with open(path, "rb", buffering=0) as file:
                 offset = start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start)
                 length = stop - start if start >= 0 else -start
                 return os.pread(file.fileno(), length, offset)
+
+    def read_ranges(self, key: str, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return the bytes of ascending spans ``(start, stop)`` of an object, each shorter where it ends before.
+
+        Spans that lie at most ``limits.gap_nbytes`` apart come by one request of at most ``limits.range_nbytes``.
+        """
+        found: list[memoryview] = []
+        for start, stop, members in merge(spans, self.limits.gap_nbytes, self.limits.range_nbytes):
+            with self._answering(key):
+                data = memoryview(self._clients()[1].read_range(self.path(key), start, stop))
+            found += [data[low - start : high - start] for low, high in members]
+        return found
 
     def read_into(self, key: str, start: int, *into: memoryview) -> int:
         """Fill buffers, one after another, with an object's bytes from ``start`` on; return how many bytes came.
@@ -96,14 +144,14 @@ class Store:
         A buffer that is used again saves the kernel handing out fresh memory for every read: up to 1 CPU second per GB.
         """
         if not self.local:
-            data = memoryview(self.read_range(key, start, start + sum(view.nbytes for view in into)))
+            data = self.read_ranges(key, [(start, start + sum(view.nbytes for view in into))])[0]
             place = 0
             for view in into:
                 part = data[place : place + view.nbytes]
                 view[: part.nbytes] = part
                 place += part.nbytes
             return place
-        with self._named(key):
+        with self._answering(key):
             handle = os.open(self.path(key), os.O_RDONLY)
             try:
                 return os.preadv(handle, into, start)
@@ -116,26 +164,24 @@ class Store:
         Raises ``BadInputError`` where nothing may be written there.
         """
         path = self.path(key)
-        try:
+        self.require_writable()
+        with self._answering(key, "write"):
             if self.local:
                 _write_file(Path(path), parts)
             else:
-                self.fs.pipe_file(path, b"".join(parts))
-        except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-            why = error.strerror or error
-            raise BadInputError(f"cannot write {self.url}/{key}: {why}; choose a place that may be written") from error
+                self._clients()[0].write(path, b"".join(parts))
 
     def exists(self, key: str) -> bool:
         """Say whether there is an object or folder under ``key``."""
-        if self.local:
-            return os.path.exists(self.path(key))
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path(key)))
+        path = self.path(key)
+        with self._answering(key):
+            return os.path.exists(path) if self.local else self._clients()[0].exists(path)
 
     def nbytes(self, key: str) -> int:
         """Return the size of an object; raise ``NotFoundError`` where there is none."""
-        with self._named(key):
-            return os.stat(self.path(key)).st_size if self.local else int(self.fs.size(self.path(key)))
+        path = self.path(key)
+        with self._answering(key):
+            return os.stat(path).st_size if self.local else self._clients()[0].nbytes(path)
 
     def names(self, key: str = "") -> list[str]:
         """Return the sorted names directly under a folder, less unfinished temporary files; [] where it is absent."""
@@ -148,33 +194,72 @@ class Store:
     def _listing(self, key: str) -> dict[str, bool]:
         path = self.path(key)
         try:
-            if self.local:
-                with os.scandir(path) as entries:
-                    found = {entry.name: entry.is_dir() for entry in entries}
-            else:
-                self.fs.invalidate_cache()
-                listed = self.fs.ls(path, detail=True)
-                found = {i["name"].rstrip("/").rsplit("/", 1)[-1]: i["type"] == "directory" for i in listed}
-        except (FileNotFoundError, NotADirectoryError):
+            with self._answering(key):
+                if self.local:
+                    with os.scandir(path) as entries:
+                        found = {entry.name: entry.is_dir() for entry in entries}
+                else:
+                    found = self._clients()[0].list(path)
+        except NotFoundError:
             return {}
         return {name: is_folder for name, is_folder in found.items() if not name.startswith(_TEMPORARY)}
 
     def delete(self, key: str) -> None:
         """Remove one object; nothing happens where there is none."""
+        path = self.path(key)
+        self.require_writable()
         try:
-            os.unlink(self.path(key)) if self.local else self.fs.rm_file(self.path(key))
-        except (FileNotFoundError, NotADirectoryError):
+            with self._answering(key, "delete"):
+                os.unlink(path) if self.local else self._clients()[0].delete(path)
+        except NotFoundError:
             return
 
+    def call(self, key: str, method: str, *args: Any, nbytes: int = 0, **kwargs: Any) -> Any:
+        """Call a method of a remote file system that has no name here, within the deadline for so many bytes.
+
+        ``key`` is what errors name.
+        """
+        with self._answering(key, method):
+            return self._clients()[0].call(method, *args, nbytes=nbytes, **kwargs)
+
     @contextmanager
-    def _named(self, key: str) -> Iterator[None]:
+    def _answering(self, key: str, verb: str = "read") -> Iterator[None]:
+        """Turn what clients raise into our errors, which show no credential."""
+        where = f"{self.url}/{key}" if key else self.url
         try:
             yield
+        except ActlakeError:
+            raise
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            # A folder is no object, and what lies below an object is not there.
-            raise NotFoundError(f"nothing stored at {self.url}/{key}") from error
-        except PermissionError as error:
-            raise BadInputError(f"cannot read {self.url}/{key}: {error.strerror or error}") from error
+            if verb != "write":
+                # A folder is no object, and what lies below an object is not there.
+                raise NotFoundError(f"nothing stored at {where}") from error
+            raise self._refused(verb, where, error) from error
+        except (FileExistsError, PermissionError) as error:
+            raise self._refused(verb, where, error) from None
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+                if self.local:
+                    raise
+                raise self._failed(verb, where, error) from None
+            raise self._refused(verb, where, error) from None
+        except Exception as error:
+            if self.local:
+                raise
+            # Each client has errors of its own, of a dozen packages; all of them mean that the store did not answer.
+            raise self._failed(verb, where, error) from None
+
+    def _refused(self, verb: str, where: str, error: OSError) -> BadInputError:
+        why = redacted(str(error.strerror or error), self.options)
+        remedy = "choose a place that may be written" if verb == "write" else "look at the rights there"
+        return BadInputError(f"cannot {verb} {where}: {why}; {remedy}")
+
+    def _failed(self, verb: str, where: str, error: Exception) -> StoreError:
+        if isinstance(error, TimeoutError):
+            why = f"no end after {self.limits.deadline_s:g} s and more for what it carries (storage option deadline_s)"
+        else:
+            why = redacted(f"{type(error).__name__}: {error}".splitlines()[0], self.options)
+        return StoreError(f"cannot {verb} {where}: {why}; run it again, finished shards are kept")
 
 
 def relative_url(target: Store, base: Store) -> str:
@@ -187,13 +272,38 @@ def relative_url(target: Store, base: Store) -> str:
     return relative if depth <= 2 else target.url
 
 
-def resolve_url(url: str, base: Store) -> Store:
-    """Open what ``relative_url`` returned."""
-    protocol, _ = fsspec.core.split_protocol(url)
+def resolve_url(url: str, base: Store, trusted: Iterable[str] = ()) -> Store:
+    """Open what ``relative_url`` returned.
+
+    A stored reference may be anyone's, and is read with our rights: it leads no further than the bucket of ``base``,
+    or this machine's disks, and else only below the URLs in ``trusted`` or in ``$ACTLAKE_CORPUS_ROOTS`` (separated by
+    commas). Raises ``BadInputError`` for another.
+    """
+    protocol, path = fsspec.core.split_protocol(url)
+    if "\0" in url or (protocol is not None and ".." in path.split("/")):
+        raise BadInputError(f"{base.url} refers to {url!r}, which is no place")
     if protocol is not None or os.path.isabs(url):
-        return Store(url, base.options)
-    root = os.path.normpath(f"/{base.root.lstrip('/')}/{url}")
-    return Store(root if base.local else f"{base.protocol}://{root.lstrip('/')}", base.options)
+        found = Store(url, base.options)
+    else:
+        root = os.path.normpath(f"/{base.root.lstrip('/')}/{url}")
+        found = Store(root if base.local else f"{base.protocol}://{root.lstrip('/')}", base.options)
+    if _place(found) == _place(base):
+        return found
+    roots = [*trusted, *filter(None, os.environ.get("ACTLAKE_CORPUS_ROOTS", "").split(","))]
+    if any(f"{found.url}/".startswith(f"{Store(root.strip()).url}/") for root in roots):
+        return found
+    raise BadInputError(
+        f"{base.url} refers to {found.url}, which is another place: what is stored there would be read with your "
+        f"rights. Where that is meant, say ACTLAKE_CORPUS_ROOTS={found.url}"
+    )
+
+
+def _place(store: Store) -> tuple[str, ...]:
+    """Return what one owner has: this machine's disks, a bucket, a repository of the Hub."""
+    protocol = {"gcs": "gs", "s3a": "s3", "abfs": "az", "local": "file"}.get(store.protocol, store.protocol)
+    if store.local or protocol == "memory":
+        return (protocol,)
+    return (protocol, *store.root.lstrip("/").split("/")[: 3 if protocol == "hf" else 1])
 
 
 def _write_file(target: Path, parts: Iterable[bytes | memoryview]) -> None:

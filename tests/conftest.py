@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from servers import Servers
 
 # Read by the libraries when they are imported, so set before any test module is. Two cores run the suite: more threads
 # than one make the timings of the parallel tests worthless and the sums of some kernels differ.
@@ -19,7 +23,7 @@ os.environ.update(
 )
 
 _TESTS = Path(__file__).parent
-_AREAS = ("storage", "ingest", "shards", "jobs", "", "integration", "trainers")
+_AREAS = ("storage", "ingest", "shards", "jobs", "infra", "fuzz", "", "integration", "trainers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,3 +44,13 @@ def ray_cluster() -> Iterator[None]:
 
     with ray_engine.cluster(None, n_cpus=2):
         yield
+
+
+@pytest.fixture(scope="session")
+def servers() -> "Iterator[Servers]":
+    """Object stores on the loopback; each server starts when a test first asks for it."""
+    from servers import Servers
+
+    found = Servers()
+    yield found
+    found.close()

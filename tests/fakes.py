@@ -61,12 +61,16 @@ class FormulaModel:
     fail_after: int | None = None
     nan_at: int | None = None
 
-    def __call__(self, input_ids: torch.Tensor, /) -> Mapping[str, torch.Tensor]:
+    def __call__(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, /
+    ) -> Mapping[str, torch.Tensor]:
         if self.fail_after is not None and len(self.shapes) >= self.fail_after:
             raise RuntimeError("planted failure")
         self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
         tokens = input_ids.numpy()
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        if position_ids is not None:
+            positions = position_ids.numpy()
         out = {}
         for number, point in enumerate(self.points):
             values = formula(tokens, positions, number, point.width)

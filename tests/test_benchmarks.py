@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_batching
+import bench_corpus
 import bench_end_to_end
+import bench_flips
 import bench_reader_memory
 import bench_reader_remote
 import bench_rivals
 import bench_shuffle
+import bench_store
 import bench_stream
 import harness
 import numpy as np
 import pytest
+import tiny_gemma
 import torch
 from decoding import decode_files, decode_memory, stored_chunks
 from formula_dataset import BOTH, NARROW, WIDE, Made, bits, make_spec
@@ -36,11 +41,15 @@ from actlake.storage.codecs import Codec
 from actlake.storage.errors import CorruptObjectError
 
 SCRIPTS = (
+    bench_batching,
+    bench_corpus,
     bench_end_to_end,
+    bench_flips,
     bench_reader_memory,
     bench_reader_remote,
     bench_rivals,
     bench_shuffle,
+    bench_store,
     bench_stream,
 )
 
@@ -188,6 +197,23 @@ def test_bench_stream_deals_every_row_to_some_rank(source: Made) -> None:
     assert all(row["GB/s, all ranks"] > 0 for row in rows)
 
 
+# --- bench_batching ---
+
+
+def test_bench_batching_counts_padding_and_runs_both(tmp_path: Path, run: Callable[..., Any]) -> None:
+    model = tiny_gemma.save(tmp_path / "model")
+    tables = run(
+        bench_batching, "--model", model, "--context", 64, "--tokens", 200, "--repeats", 2, "--shards", 500, 5000,
+    )  # fmt: skip
+    counted, timed = tables.values()
+    assert [(row["documents"], row["padded"], row["packed"], row["auto"]) for row in counted[-2:]] == [
+        ("full windows", "0.0%", "0.0%", "padded")
+    ] * 2
+    assert all(float(row["packed"][:-1]) <= float(row["padded"][:-1]) for row in counted)
+    assert [row["documents"] for row in timed] == ["reference and descriptions", "web", "chats", "full windows"]
+    assert all(row["lowest"] <= row["packed / padded"] <= row["highest"] for row in timed)
+
+
 # --- bench_shuffle ---
 
 
@@ -255,6 +281,18 @@ def test_bench_reader_memory_fails_where_memory_does_not_suffice(
     monkeypatch.setattr(bench_reader_memory, "measure", lambda *_: row)
     with pytest.raises(SystemExit, match="36 hook points: over what is allowed"):
         run(bench_reader_memory)
+
+
+# --- corpora ---
+
+
+def test_bench_corpus_writes_the_text_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_corpus, "FILE_NBYTES", 20_000)
+    bench_corpus.write_text(tmp_path / "in", 50_000, 1_000)
+    texts = list(bench_corpus.texts(tmp_path))
+    assert 50_000 <= sum(len(text.encode()) for text in texts) < 60_000
+    assert len(set(texts)) == len(texts)
+    assert len(list((tmp_path / "in").iterdir())) == 3
 
 
 # --- object stores ---

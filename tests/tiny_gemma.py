@@ -41,23 +41,31 @@ def text_config(**changes: Any) -> Gemma3TextConfig:
 
 
 def build(class_name: str) -> PreTrainedModel:
-    """Return a float32 model; every parameter is a sine of its index, of a size that keeps activations near 1."""
+    """Return a float32 model whose weights are a formula."""
     text = text_config(**CLASSES[class_name])
     model: PreTrainedModel
     if class_name == "Gemma3ForCausalLM":
         model = Gemma3ForCausalLM(text)
     else:
-        vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        patches = {"image_size": 8, "patch_size": 4}
-        model = Gemma3ForConditionalGeneration(
-            Gemma3Config(text_config=text, vision_config={**vision, **patches}, mm_tokens_per_image=1)
-        )
+        model = Gemma3ForConditionalGeneration(multimodal(text))
+    fill(model)
+    return model
+
+
+def multimodal(text: Gemma3TextConfig) -> Gemma3Config:
+    """Return the config of the class that reads pictures too, with next to nothing for them."""
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    patches = {"image_size": 8, "patch_size": 4}
+    return Gemma3Config(text_config=text, vision_config={**vision, **patches}, mm_tokens_per_image=1)
+
+
+def fill(model: PreTrainedModel) -> None:
+    """Make every parameter a sine of its index, of a size that keeps activations near 1."""
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
             index = torch.arange(parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
             size = 0.3 if name.endswith("norm.weight") else 0.15
             parameter.copy_(size * torch.sin(index * (0.7 + 0.01 * i) + i))
-    return model
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -66,7 +66,7 @@ def _global(
 def main() -> None:
     """Run the command line; an interrupted one ends at once, whatever its threads are doing."""
     try:
-        from actlake.jobs.cli import demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
+        from actlake.jobs.cli import corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
 
         app()
     except KeyboardInterrupt:

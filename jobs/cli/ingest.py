@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.table import Table
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.progress import format_nbytes
 from actlake.storage.errors import BadInputError
+
+if TYPE_CHECKING:
+    from actlake.ingest.models import ModelShape
 
 
 @app.command()
@@ -70,24 +73,43 @@ def points(
     revision: Annotated[str | None, typer.Option(help="Commit or branch of a Hub model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show a model's hook points, their widths and their bytes per token."""
+    """Show a model's hook points, their widths and bytes per token, and what other tools call them."""
     from actlake.ingest.models import model_shape
+    from actlake.storage.foreign_names import foreign_names
     from actlake.storage.hookpoints import STREAMS
 
     shape = model_shape(model, revision=revision)
     widths = shape.widths()
     if as_json:
-        listed = {name: {"width": width, "nbytes_per_token": 2 * width} for name, width in widths.items()}
-        typer.echo(json.dumps({"architecture": shape.architecture, "layers": shape.n_layers, "hook_points": listed}))
+        points = _described(shape)
+        typer.echo(json.dumps({"architecture": shape.architecture, "layers": shape.n_layers, "hook_points": points}))
         return
-    table = Table("hook points", "width", "bytes per token", "all layers", title=f"{model}, {shape.architecture}")
-    last = shape.n_layers - 1
+    table = Table("stream", "width", "bytes per token", "all layers", title=f"{model}, {shape.architecture}")
+    table.add_column("also called", no_wrap=True)
     for stream in STREAMS:
         width = widths[f"layers.0.{stream}"]
-        name = f"layers.{{0..{last}}}.{stream}"
-        table.add_row(name, f"{width:,}", f"{2 * width:,}", format_nbytes(2 * width * shape.n_layers))
+        others = "\n".join(foreign_names(stream, shape.architecture)).replace("{L}", "L")
+        table.add_row(stream, f"{width:,}", f"{2 * width:,}", format_nbytes(2 * width * shape.n_layers), others)
     OUT.print(table)
+    OUT.print(
+        f"a hook point is layers.L.<stream>, e.g. layers.{shape.n_layers // 2}.resid_post; L = 0..{shape.n_layers - 1}"
+    )
     four = sum(
         2 * w for name, w in widths.items() if name.split(".")[2] in ("attn_z", "mlp_in", "mlp_out", "resid_post")
     )
     OUT.print(f"bfloat16, before compression; preset 'gemma-scope-2' stores {format_nbytes(four)} per token")
+
+
+def _described(shape: "ModelShape") -> dict[str, dict[str, Any]]:
+    """Return what there is to say of each hook point, as JSON values."""
+    from actlake.ingest.hooks import architecture
+    from actlake.storage.foreign_names import foreign_names
+    from actlake.storage.hookpoints import HookPoint
+
+    taps, found = architecture(shape.architecture).taps, {}
+    for name, width in shape.widths().items():
+        point = HookPoint.parse(name)
+        others = [other.format(L=point.layer) for other in foreign_names(point.stream, shape.architecture)]
+        tensor = str(taps[point.stream])
+        found[name] = {"width": width, "nbytes_per_token": 2 * width, "tensor": tensor, "also_called": others}
+    return found

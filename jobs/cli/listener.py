@@ -18,6 +18,8 @@ class TerminalListener(Listener):
     def __init__(self, console: Console, progress: Progress) -> None:
         self._console, self._progress = console, progress
         self._corpus: TaskID | None = None
+        self._sorted: TaskID | None = None
+        self._replies: TaskID | None = None
         self._shards: TaskID | None = None
         self._plan: Plan | None = None
         self._planned_at = 0.0
@@ -33,6 +35,18 @@ class TerminalListener(Listener):
             self._corpus = self._progress.add_task("corpus", total=None, detail="")
         detail = f"{n_documents:,} documents, {n_tokens:,} tokens"
         self._progress.update(self._corpus, completed=n_documents, detail=detail)
+
+    def replies(self, n_done: int, n_missing: int) -> None:
+        if self._replies is None:
+            self._replies = self._progress.add_task("replies", total=n_missing, detail="loading the model")
+            self._console.print(f"{n_missing:,} replies to generate")
+        if n_done:
+            self._progress.update(self._replies, completed=n_done, detail=f"{n_done:,} replies")
+
+    def sequences(self, n_written: int, n_sequences: int) -> None:
+        if self._sorted is None:
+            self._sorted = self._progress.add_task("sort", total=n_sequences, detail="")
+        self._progress.update(self._sorted, completed=n_written, detail=f"{n_written:,} sequences")
 
     def planned(self, plan: Plan) -> None:
         if self._corpus is not None:

@@ -39,7 +39,8 @@ def parse_options(texts: Sequence[str] | None) -> dict[str, Any]:
             continue
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise BadInputError(f"--storage-option {text!r} is neither KEY=VALUE nor a JSON object")
+            # Not repeated: it may be a credential.
+            raise BadInputError("a --storage-option is neither KEY=VALUE nor a JSON object")
         found[key.strip()] = _value(value)
     return found
 
@@ -48,7 +49,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value: dict[str, Any] = json.loads(text)
     except ValueError as error:
-        raise BadInputError(f"--storage-option {text!r} is no JSON object ({error})") from error
+        raise BadInputError(f"a --storage-option is no JSON object ({error})") from None
     return value
 
 

@@ -130,7 +130,7 @@ def _open_corpus(
     try:
         corpus = Corpus.open(resolve_url(ds.header.corpus, ds.store))
         say(f"verify: the corpus is whole: {corpus.verify()} files")
-    except NotFoundError as error:
+    except (NotFoundError, BadInputError) as error:
         say(f"verify: the corpus was not checked, nor the rows against it: {error}")
         return None, ()
     except DataError as error:

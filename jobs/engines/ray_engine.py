@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from actlake.jobs.engines.events import Event, RowsCaptured, ShardAbandoned, ShardCommitted
-from actlake.jobs.work import Task, Worker, WorkOrder
+from actlake.jobs.work import ModelOrder, Task, Worker, WorkOrder
 from actlake.storage.errors import ActlakeError, BadInputError, MissingExtraError
 from actlake.storage.records import ShardRecord
 
@@ -110,7 +110,7 @@ def run(
 ) -> Iterator[Event]:
     """Yield what happens until every task is committed or abandoned."""
     if order.device.startswith("cuda"):
-        # Ray shows each actor its own GPU alone, as the first.
+        # Ray shows each actor its own GPUs alone, from the first.
         order = replace(order, device="cuda")
     with cluster(address, n_cpus=workers * order.n_threads):
         pool = _Pool(order, _fitting(order, workers), attempts)
@@ -121,9 +121,9 @@ def run(
             pool.close()
 
 
-def _fitting(order: WorkOrder, workers: int) -> int:
+def _fitting(order: ModelOrder, workers: int) -> int:
     """Return how many of the workers the cluster has room for; an actor without room would wait for ever."""
-    wanted = {"CPU": order.n_threads} | ({"GPU": 1} if _n_gpus(order) else {})
+    wanted = {"CPU": order.n_threads} | ({"GPU": _n_gpus(order)} if _n_gpus(order) else {})
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     there = [node["Resources"] for node in nodes if node["Alive"]]
     room = sum(min(int(has.get(name, 0) // n) for name, n in wanted.items()) for has in there)
@@ -136,8 +136,39 @@ def _fitting(order: WorkOrder, workers: int) -> int:
     return min(workers, room)
 
 
-def _n_gpus(order: WorkOrder) -> int:
-    return int(order.device.startswith("cuda"))
+def _n_gpus(order: ModelOrder) -> int:
+    return order.n_gpus if order.device.startswith("cuda") else 0
+
+
+def calls(
+    actor: type[Any], order: ModelOrder, method: str, items: Iterable[Any], *, attempts: int, workers: int
+) -> Iterator[Any]:
+    """Yield what a method of actors ``actor(order)`` returns for each item, as it comes; one call in flight for each.
+
+    An actor that dies is started again with its item, up to ``attempts`` times in all; errors are raised as they were.
+    """
+    remote: Any = ray.remote(actor).options(
+        num_cpus=order.n_threads, num_gpus=_n_gpus(order), max_restarts=-1, max_task_retries=attempts - 1
+    )
+    idle = [remote.remote(order) for _ in range(_fitting(order, workers))]
+    actors, in_flight = list(idle), dict[Any, Any]()
+    waiting = iter(items)
+    try:
+        while True:
+            while idle and (item := next(waiting, None)) is not None:
+                free = idle.pop()
+                in_flight[getattr(free, method).remote(item)] = free
+            if not in_flight:
+                return
+            for ref in ray.wait(list(in_flight))[0]:
+                idle.append(in_flight.pop(ref))
+                try:
+                    yield ray.get(ref)
+                except RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, Exception) else error) from error
+    finally:
+        for one in actors:
+            ray.kill(one)
 
 
 class _Pool:

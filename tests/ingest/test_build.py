@@ -18,6 +18,7 @@ from actlake.storage.errors import DataError, SpecMismatchError
 from actlake.storage.header import Header, prepare
 from actlake.storage.moments import from_parquet, of_shard, to_parquet
 from actlake.storage.records import commit_key, read_record, stats_key
+from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec
 from actlake.storage.stores import Store
 
@@ -57,11 +58,13 @@ def kept_tokens(corpus: Corpus, spec: DatasetSpec) -> Iterator[tuple[int, int, i
                 yield token, position, sequence.index
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sequence"])
+@pytest.mark.parametrize(
+    ("order", "batching"), [("shuffled", "padded"), ("sequence", "padded"), ("shuffled", "packed")]
+)
 def test_every_row_is_stored_once_at_its_place_with_its_own_activation(
-    tmp_path: Path, corpus: Corpus, order: str
+    tmp_path: Path, corpus: Corpus, order: str, batching: str
 ) -> None:
-    builder = make_builder(tmp_path / "ds", corpus, order=order)
+    builder = make_builder(tmp_path / "ds", corpus, order=order, batching=batching)
     spec, rows = builder.header.spec, list(kept_tokens(corpus, builder.header.spec))[:200]
     for shard in (3, 1, 0, 2):
         assert builder.build(shard).n_rows == min(64, 200 - 64 * shard)
@@ -232,6 +235,28 @@ def test_skip_first_and_exclusion_decide_the_rows(tmp_path: Path, corpus: Corpus
     assert stored["rows/position"].min() == 3
     rows = list(kept_tokens(corpus, builder.header.spec))[:64]
     assert sorted(stored["rows/token_id"].tolist()) == sorted(row[0] for row in rows)
+
+
+def test_packed_batches_run_fewer_tokens_and_the_record_counts_them(tmp_path: Path, corpus: Corpus) -> None:
+    n_run = {}
+    for batching in ("padded", "packed"):
+        builder = make_builder(tmp_path / batching, corpus, batching=batching)
+        n_run[batching] = builder.build(0).provenance.n_tokens
+        shapes: list[tuple[int, int]] = builder.forward.shapes  # type: ignore[attr-defined]
+        assert sum(n_rows * n_tokens for n_rows, n_tokens in shapes) == n_run[batching]
+    chosen = builder.index.sequences_of(builder.space.rows_of(0))
+    n_tokens = sum(len(one.tokens) for one in corpus.sequences("train", chosen.start, chosen.stop))
+    assert n_tokens <= n_run["packed"] < n_run["padded"]
+
+
+def test_sequences_without_rows_are_not_run(tmp_path: Path, corpus: Corpus) -> None:
+    keep = KeepRule(exclude=(0, 1, 2), skip_first=16)
+    builder = make_builder(tmp_path / "ds", corpus, keep=keep, n_rows=20, batch_tokens=17)
+    builder.build(0)
+    # Only those of the context's 17 tokens have a row, and each is a batch.
+    assert builder.forward.shapes == [(1, 17)] * 20  # type: ignore[attr-defined]
+    chosen = builder.index.sequences_of(range(20))
+    assert len(chosen) > 20
 
 
 def test_batches_cover_every_sequence_once_within_the_token_budget() -> None:

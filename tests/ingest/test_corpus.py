@@ -18,9 +18,9 @@ import pytest
 
 from actlake.ingest import corpus_build
 from actlake.ingest.corpus import build_corpus
-from actlake.ingest.corpus_build import order_key, split_of
 from actlake.ingest.corpus_cuts import cut_key
-from actlake.ingest.sources import Document
+from actlake.ingest.corpus_windows import order_key, split_of
+from actlake.ingest.documents import Document
 from actlake.ingest.tokenising import batches
 from actlake.storage.corpus import Corpus
 from actlake.storage.corpus_spec import CorpusSpec, TokenSequence
@@ -352,7 +352,7 @@ def test_metadata_are_part_of_the_identity_and_the_version(work: Path) -> None:
     _write_labelled(work / "labelled", _kind)
     sources = ("labelled/*.jsonl",)
     plain, kinds = _build("plain", sources=sources), _build("kinds", sources=sources, metadata=["kind"])
-    assert json.loads((work / "kinds/corpus.json").read_bytes())["format_version"] == 2
+    assert json.loads((work / "kinds/corpus.json").read_bytes())["format_version"] == 3
     assert plain.corpus_id != kinds.corpus_id
     assert _build("twice", sources=sources, metadata=("n", "kind")).spec == _spec(
         sources=sources, metadata=("kind", "n")
@@ -600,7 +600,7 @@ def test_row_index_is_stored_once_and_counts_kept_tokens(work: Path, monkeypatch
     corpus = _build("c")
     keep = KeepRule(exclude=(BOS, 40), skip_first=2)
     for split in corpus.splits:
-        counts = [int(keep.mask(s.tokens).sum()) for s in _all(corpus, split)]
+        counts = [int(keep.mask(s.tokens, s.roles).sum()) for s in _all(corpus, split)]
         index = corpus.row_index(split, keep)
         assert index.first_row.tolist() == [0, *np.cumsum(counts).tolist()]
         assert 0 in counts
@@ -717,7 +717,11 @@ def test_flipped_bits_never_give_other_tokens_or_rows(work: Path) -> None:
     [
         (lambda text: text[:50], CorruptObjectError, r"corpus\.json is damaged"),
         (lambda text: text.replace('"seed": 0', '"seed": -1'), CorruptObjectError, "seed = -1 is out of range"),
-        (lambda text: text.replace('"format_version": 1', '"format_version": 3'), FormatVersionError, "pip install -U"),
+        (
+            lambda text: text.replace('"format_version": 1', '"format_version": 99'),
+            FormatVersionError,
+            "pip install -U",
+        ),
         (lambda text: text.replace("actlake corpus", "actlake dataset"), CorruptObjectError, "not a corpus"),
     ],
 )
@@ -795,9 +799,9 @@ def test_unusable_input_makes_nothing(work: Path) -> None:
     _nothing_made(work, SourceError, "matches no file", sources=("in/*.txt",))
     _nothing_made(work, SourceError, "all 60 documents are held out", holdout=1 - 2**-53)
     (work / "in" / "more.jsonl").write_text('{"id": "d7", "text": "again"}')
-    _nothing_made(work, SourceError, r"two documents have the id 'd7' \(in 'in/\*\.jsonl'")
+    _nothing_made(work, SourceError, r"two documents have the id 'd7': 0\.jsonl, line 8 of 'in/\*\.jsonl'")
     (work / "in" / "more.jsonl").write_text('{"id": "blank", "text": "\\t"}')
-    _nothing_made(work, SourceError, "document 'blank' .* gives no tokens")
+    _nothing_made(work, SourceError, r"document 'blank', more\.jsonl, line 1 of .* gives no tokens")
 
 
 def test_without_bos_a_tokenizer_needs_none(work: Path) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from actlake.ingest import cpu_bf16
 from actlake.ingest.capture import Capture
-from actlake.ingest.models import load_model, resolve_model
+from actlake.ingest.loading import load_model
+from actlake.ingest.models import resolve_model
 
 
 def linear(d_in: int, d_out: int, *, bias: bool) -> nn.Linear:

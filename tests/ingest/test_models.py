@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from actlake.ingest import gguf_model, model_files
 from actlake.ingest.extras import needs
 from actlake.ingest.hooks import ARCHITECTURES
+from actlake.ingest.loading import load_model
 from actlake.ingest.models import (
-    load_model,
     load_tokenizer,
     model_shape,
     resolve_model,
@@ -82,9 +82,9 @@ def test_the_packaged_models_shape_needs_no_conversion(cache: Path) -> None:
 
 
 def test_an_unknown_architecture_is_refused(folder: Path) -> None:
-    edit_config(folder, lambda config: config.update(architectures=["LlamaForCausalLM"]))
+    edit_config(folder, lambda config: config.update(architectures=["GPT2LMHeadModel"]))
     for use in (model_shape, resolve_model):
-        with pytest.raises(ModelAccessError, match="'LlamaForCausalLM' is unknown; known are Gemma3ForCausalLM"):
+        with pytest.raises(ModelAccessError, match="'GPT2LMHeadModel' is unknown; known are Gemma3ForCausalLM"):
             use(str(folder))
 
 
@@ -118,6 +118,21 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelAccessError, match="pickled weights are never read"):
         resolve_model(str(folder))
+
+
+def test_code_of_a_repository_is_refused(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}))
+    for use in (model_shape, resolve_model):
+        with pytest.raises(
+            ModelAccessError, match=r"\(modeling_mine\.Mine\), which is never run .*save_pretrained\(\) it"
+        ):
+            use(str(folder))
+
+
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(quantization_config={"quant_method": "gptq"}))
+    with pytest.raises(ModelAccessError, match=r"of quantised weights \(gptq\).*use the model that it was made from"):
+        model_shape(str(folder))
 
 
 def test_a_missing_part_of_split_weights_is_named(folder: Path) -> None:
@@ -200,8 +215,10 @@ def test_a_hub_model_bears_its_commit_and_its_blobs_hashes(
     weights.symlink_to(blob)
     asked: list[Any] = []
 
-    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
+    def snapshot_download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        asked.append((name, revision, allow_patterns, ignore_patterns))
         return str(snapshot)
 
     def no_hashing(*_args: object) -> None:
@@ -211,8 +228,8 @@ def test_a_hub_model_bears_its_commit_and_its_blobs_hashes(
     monkeypatch.setattr("hashlib.file_digest", no_hashing)
     ref = resolve_model(HUB_NAME, revision="main")
     assert (ref.name, ref.revision, ref.fingerprint) == (HUB_NAME, COMMIT, local.fingerprint)
-    name, revision, patterns = asked[0]
-    assert (name, revision) == (HUB_NAME, "main")
+    name, revision, patterns, unwanted = asked[0]
+    assert (name, revision, unwanted) == (HUB_NAME, "main", ["consolidated*", "original/*"])
     assert (
         not [pattern for pattern in patterns if pattern.endswith((".bin", ".py", "*"))]
         or patterns[-1] == "chat_template.*"
@@ -320,7 +337,7 @@ def test_the_description_names_what_the_bits_depend_on(folder: Path) -> None:
         ({"device": "cuda:99"}, "is not there: torch sees"),
     ],
 )
-def test_dtypes_and_devices_that_cannot_be_are_refused(folder: Path, options: dict[str, str], message: str) -> None:
+def test_dtypes_and_devices_that_cannot_be_are_refused(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         load_model(resolve_model(str(folder)), **options)
 

@@ -10,7 +10,8 @@ import zarr
 
 import actlake
 from actlake.ingest.batching import plan_batches
-from actlake.ingest.models import LoadedModel, load_model, resolve_model
+from actlake.ingest.loading import LoadedModel, load_model
+from actlake.ingest.models import resolve_model
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.shards.verify import verify
@@ -33,7 +34,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> actl
     listed = ", ".join(f'"{point}"' for point in POINTS)
     (folder / "job.toml").write_text(
         f'dataset = "{folder}/ds"\nmodel = "gemma-3-270m-gguf"\nhook_points = [{listed}]\nmax_rows = 1_500\n'
-        '[capture]\nbatch_tokens = 512\n[corpus]\nsources = ["builtin:python-docs"]\ncontext_length = 128\n'
+        '[capture]\nbatch_tokens = 512\nbatching = "padded"\n'
+        '[corpus]\nsources = ["builtin:python-docs"]\ncontext_length = 128\n'
         "holdout = 0.05\n[layout]\nrows_per_shard = 1_024\nrows_per_chunk = 256\n[run]\nthreads = 2\n"
     )
     ingest(read_job(folder / "job.toml"), engine="ray")

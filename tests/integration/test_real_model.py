@@ -12,7 +12,8 @@ from transformers import Gemma3ForCausalLM, PreTrainedTokenizerFast
 from actlake.ingest import gguf_model
 from actlake.ingest.capture import Capture
 from actlake.ingest.gguf_file import GgufFile
-from actlake.ingest.models import LoadedModel, ModelRef, load_model, load_tokenizer, resolve_model
+from actlake.ingest.loading import LoadedModel, load_model
+from actlake.ingest.models import ModelRef, load_tokenizer, resolve_model
 from actlake.storage.hookpoints import STREAMS
 
 pytestmark = pytest.mark.slow

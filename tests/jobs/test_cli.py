@@ -143,7 +143,14 @@ def test_points_shows_widths(tiny_model: Path) -> None:
     assert "attn_z" in result.output
     listed = json.loads(run("points", tiny_model, "--json").stdout)
     assert listed["layers"] == 3
-    assert listed["hook_points"]["layers.2.attn_z"] == {"width": 48, "nbytes_per_token": 96}
+    assert listed["hook_points"]["layers.2.attn_z"] == {
+        "width": 48,
+        "nbytes_per_token": 96,
+        "tensor": "input of self_attn.o_proj",
+        "also_called": ["gs2:2/attn_out", "tl:blocks.2.attn.hook_z"],
+    }
+    assert "tl:blocks.L.hook_resid_post" in result.output
+    assert "layers.L.<stream>, e.g. layers.1.resid_post; L = 0..2" in result.output
     assert len(listed["hook_points"]) == 21
     assert run("points", "no/such-model").exit_code == 2
 
@@ -179,7 +186,7 @@ def test_ls_shows_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("os.scandir", refused)
     result = run("ls", tmp_path)
     assert result.exit_code == 0
-    assert "cannot be listed: permission denied" in result.output
+    assert f"cannot read {tmp_path}: Permission denied" in result.output
 
 
 def test_a_file_is_no_dataset(write_job: Write) -> None:

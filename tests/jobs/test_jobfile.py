@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actlake.jobs.jobfile import Job, parse_job, read_job
+from actlake.jobs.jobfile import Job, RepliesOptions, parse_job, read_job
 from actlake.storage.errors import BadInputError, JobFileError
 
 MINIMAL = """
@@ -39,9 +39,13 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
         'dataset = "gs://bucket/a"\nmodel = "google/gemma-3-4b-pt"\nrevision = "abc"\npreset = "clt"\n'
         "max_rows = 60_000\nseed = 7\n"
         '[capture]\ndtype = "float32"\nprepend_bos = false\nexclude = ["bos", 105]\n'
-        "skip_first = 4\nbatch_tokens = 512\nvoid_nonfinite = true\n"
+        'keep = "model-turns"\n'
+        'skip_first = 4\nbatch_tokens = 512\nbatching = "packed"\nvoid_nonfinite = true\n'
         '[corpus]\nsources = ["a/*.txt", "b.parquet"]\ntext_field = "body"\ncontext_length = 512\nholdout = 0\n'
         'max_tokens = 1_000\nurl = "data/c"\nmetadata = ["category", "turns"]\n'
+        'messages_field = "chat"\nid_field = "key"\nfilters = ["language == \'en\'"]\nchat_template = "gemma"\n'
+        'reasoning = "<r>(.*?)</r>"\non_bad = "quarantine"\nmax_document_tokens = 9_000\nstride = 256\n'
+        "replies = {max_new_tokens = 99, temperature = 0.5, seed = 3, n = 2}\n"
         '[layout]\nrows_per_shard = 16_384\nrows_per_chunk = 1_024\nrows_per_block = 8_192\nshard_memory = "2GiB"\n'
         'order = "sequence"\ncodec = "none"\n'
         '[run]\nworkers = 2\nthreads = 3\ndevice = "cpu"\nattempts = 5\n'
@@ -54,17 +58,25 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
     assert (job.max_rows, job.seed) == (60_000, 7)
     assert vars(job.capture) == {
         "dtype": "float32", "prepend_bos": False, "exclude": ("bos", 105), "skip_first": 4, "batch_tokens": 512,
-        "void_nonfinite": True,
+        "keep": "model-turns",
+        "batching": "packed", "void_nonfinite": True,
     }  # fmt: skip
     assert vars(job.corpus) == {
         "sources": ("a/*.txt", "b.parquet"), "text_field": "body", "context_length": 512, "holdout": 0.0,
         "max_tokens": 1000, "url": "data/c", "metadata": ("category", "turns"),
+        "messages_field": "chat", "id_field": "key", "filters": ("language == 'en'",), "chat_template": "gemma",
+        "reasoning": "<r>(.*?)</r>", "on_bad": "quarantine", "max_document_tokens": 9000, "stride": 256,
+        "weights": {}, "quotas": {},
+        "replies": RepliesOptions(model="same", max_new_tokens=99, temperature=0.5, seed=3, n=2),
     }  # fmt: skip
     assert vars(job.layout) == {
         "rows_per_shard": 16_384, "rows_per_chunk": 1_024, "rows_per_block": 8_192, "shard_memory": 2 * 2**30,
         "order": "sequence", "codec": "none",
     }  # fmt: skip
-    assert vars(job.run) == {"workers": 2, "threads": 3, "device": "cpu", "attempts": 5}
+    assert vars(job.run) == {
+        "workers": 2, "threads": 3, "device": "cpu", "attempts": 5, "attn_implementation": None, "compile": False,
+        "device_map": None, "gpus_per_worker": 1,
+    }  # fmt: skip
     assert job.storage_options == {"token": "anon"}
     assert "anon" not in repr(job)
 
@@ -81,8 +93,21 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
         ({"hook_points": "layers.9.resid_post"}, r"hook_points = 'layers\.9\.resid_post' must be a list"),
         ({"preset": "clt"}, r"either hook_points.* or preset"),
         ({"capture": {"dtype": "float16"}}, r"65,504.*use 'bfloat16'"),
+        ({"capture": {"batching": "pack"}}, r"not one of auto, padded, packed; did you mean 'packed'\?"),
         ({"capture": {"dtype": "bfloat1"}}, r"not one of bfloat16, float32; did you mean 'bfloat16'\?"),
         ({"capture": {"exclude": [1.5]}}, r"capture\.exclude = 1\.5 must be text or a whole number"),
+        ({"capture": {"keep": "model"}}, r"capture\.keep = 'model' is not one of all, .*; did you mean 'model-turns'"),
+        ({"capture": {"keep": ["usr"]}}, r"keep: no role 'usr'; did you mean 'user'\?"),
+        ({"capture": {"keep": []}}, r"capture\.keep = \[\] keeps nothing"),
+        ({"capture": {"keep": 3}}, r"capture\.keep = 3 must be text"),
+        ({"corpus": {"sources": ["a"], "filters": ["x"]}}, r"filters: 'x' is no condition"),
+        (
+            {"corpus": {"sources": ["a"], "chat_template": "llama"}},
+            r"chat_template = 'llama' is not one of auto, gemma",
+        ),
+        ({"corpus": {"sources": ["a"], "reasoning": "("}}, r"reasoning = '\(' is no regular expression"),
+        ({"corpus": {"sources": ["a"], "on_bad": "skip"}}, r"on_bad = 'skip' is not one of raise, quarantine"),
+        ({"corpus": {"sources": ["a"], "stride": 0}}, r"corpus\.stride = 0 must be at least 1"),
         ({"corpus": {}}, r"'corpus\.sources' is missing; add e\.g\. sources"),
         ({"corpus": {"sources": []}}, r"corpus\.sources is empty"),
         ({"corpus": {"sources": ["a"], "holdout": 1.0}}, r"holdout = 1\.0 is a share of the documents"),
@@ -116,3 +141,8 @@ def test_a_file_that_is_absent_or_no_toml_is_named(tmp_path: Path) -> None:
     (tmp_path / "typo.toml").write_text(MINIMAL + "contxt_length = 3\n")
     with pytest.raises(JobFileError, match=r"typo\.toml: unknown key 'corpus\.contxt_length'; did you mean 'context_"):
         read_job(tmp_path / "typo.toml")
+
+
+def test_roles_are_named_one_by_one_or_together() -> None:
+    for keep, roles in (("all", ()), (["user", "system"], ("user", "system")), ("model-turns", ("model", "reasoning"))):
+        assert parse(MINIMAL, capture={"keep": keep}).capture.roles == roles

@@ -120,7 +120,7 @@ def test_a_newer_format_says_which_actlake_reads_it(tmp_path: Path) -> None:
     for command in (["show", made.url], ["query", made.url, "SELECT 1"], ["diff", made.url, made.url]):
         result = run(*command)
         assert result.exit_code == 2
-        assert "format version 99; this actlake reads 1: pip install -U actlake" in result.output
+        assert "format version 99; this actlake reads 1, 2: pip install -U actlake" in result.output
     assert "format version 99" in run("ls", tmp_path).output
 
 

@@ -16,11 +16,13 @@ from fakes import make_data_demo
 from labelled import Labelled, make_labelled
 from typer.testing import CliRunner, Result
 
+import actlake
 from actlake.jobs import sql
 from actlake.jobs.cli import sql as command  # noqa: F401 - registers it
 from actlake.jobs.cli.app import app
 from actlake.jobs.sql import ask
 from actlake.jobs.tables import _OBJECTS, _SEQUENCES, _STATS, tables
+from actlake.storage.corpus_files import QUARANTINE, QUARANTINE_STEM, write_by_content
 from actlake.storage.errors import BadInputError, MissingExtraError, NotFoundError
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.manifest import uncommit
@@ -117,10 +119,12 @@ def test_a_quarantine_list_is_a_table_and_without_one_it_is_empty(tmp_path: Path
     labelled = make_labelled(tmp_path)
     ds = labelled.ds
     assert ask(ds, "SELECT count(*) AS n FROM quarantine").to_pylist() == [{"n": 0}]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"document": ["d7"], "reason": ["empty"]}), sink)
-    labelled.corpus.store.write("quarantine.parquet", sink.getvalue().to_pybytes())
-    assert ask(ds, "SELECT * FROM quarantine").to_pylist() == [{"document": "d7", "reason": "empty"}]
+    bad, store = {"document": "d7", "source": "s", "place": "line 3", "reason": "empty"}, labelled.corpus.store
+    ((key, file),) = write_by_content(store, QUARANTINE_STEM, QUARANTINE, [pa.Table.from_pylist([bad])]).items()
+    header = json.loads(store.read("corpus.json"))
+    header["files"][key] = {"nbytes": file.nbytes, "crc32c": file.crc32c}
+    store.write("corpus.json", json.dumps(header).encode())
+    assert ask(actlake.open(ds.url), "SELECT * FROM quarantine").to_pylist() == [bad]
 
 
 def test_what_needs_a_lost_corpus_says_so_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -262,7 +266,7 @@ def test_a_long_answer_says_what_it_leaves_out(labelled: Labelled) -> None:
     [
         (["--format", "xml"], "'xml' is none of table, csv, json, parquet"),
         (["-o", "answer.txt"], "a table is not for a file; name 'answer.txt' .csv"),
-        (["--storage-option", "nonsense"], "'nonsense' is neither KEY=VALUE nor a JSON object"),
+        (["--storage-option", "nonsense"], "a --storage-option is neither KEY=VALUE nor a JSON object"),
     ],
 )
 def test_bad_options_are_named(options: list[str], message: str, labelled: Labelled) -> None:

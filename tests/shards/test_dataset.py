@@ -133,18 +133,23 @@ def test_only_the_chunks_needed_are_read_and_each_once(make: Make, reads: list[s
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The keys that are read from here on, in order."""
     keys: list[str] = []
-    read, read_range = Store.read, Store.read_range
+    read, read_range, read_ranges = Store.read, Store.read_range, Store.read_ranges
 
-    def noted_read(self: Store, key: str) -> bytes:
+    def noted_read(self: Store, key: str, most: int | None = None) -> bytes:
         keys.append(key)
-        return read(self, key)
+        return read(self, key, most)
 
     def noted_range(self: Store, key: str, start: int, stop: int) -> bytes:
         keys.append(key)
         return read_range(self, key, start, stop)
 
+    def noted_ranges(self: Store, key: str, spans: list[tuple[int, int]]) -> list[memoryview]:
+        keys.append(key)
+        return read_ranges(self, key, spans)
+
     monkeypatch.setattr(Store, "read", noted_read)
     monkeypatch.setattr(Store, "read_range", noted_range)
+    monkeypatch.setattr(Store, "read_ranges", noted_ranges)
     return keys
 
 

@@ -112,9 +112,9 @@ class WatchedStore(Store):
         self._change(f"delete {key}")
         super().delete(key)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, most: int | None = None) -> bytes:
         self.reads.append(key)
-        return super().read(key)
+        return super().read(key, most)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         self.ranges.add(key)

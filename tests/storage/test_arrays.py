@@ -142,11 +142,11 @@ def sealed(table: npt.NDArray[Any]) -> bytes:
 )
 def test_an_index_with_a_sound_checksum_must_still_make_sense(chunk: int, entry: tuple[int, int]) -> None:
     array = array_of("uint8", None)
-    table = np.array([[0, 30], [30, 30], [60, 30], [ABSENT, ABSENT]], dtype="<u8")
-    assert ShardIndex.parse(array, sealed(table), 24, 90 + array.index_nbytes, "w").lengths.tolist()[:3] == [30] * 3
+    table = np.array([[0, 20], [20, 20], [40, 20], [ABSENT, ABSENT]], dtype="<u8")
+    assert ShardIndex.parse(array, sealed(table), 24, 60 + array.index_nbytes, "w").lengths.tolist()[:3] == [20] * 3
     table[chunk] = entry
     with pytest.raises(CorruptObjectError, match=f"w, chunk {chunk}: absent or outside"):
-        ShardIndex.parse(array, sealed(table), 24, 90 + array.index_nbytes, "w")
+        ShardIndex.parse(array, sealed(table), 24, 60 + array.index_nbytes, "w")
 
 
 def test_messages_give_both_checksums(make_rows: Callable[..., npt.NDArray[Any]]) -> None:

@@ -15,22 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actlake.ingest.batching import PAD_MULTIPLE, plan_batches
+from actlake.ingest.batching import LONGEST_PACKED_ROW, PAD_MULTIPLE, SHORTEST_PACKED_ROW, plan_batches
 from actlake.ingest.corpus import build_corpus
-from actlake.ingest.corpus_build import order_key, split_of
+from actlake.ingest.corpus_windows import order_key, split_of
 from actlake.shards.covariance import SCHEMA as COVARIANCE
 from actlake.shards.covariance import covariance_key
 from actlake.storage import corpus_files
 from actlake.storage.arrays import ArraySpec, encode_shard
 from actlake.storage.codecs import CNAMES, Codec
+from actlake.storage.corpus_segments import Segment
 from actlake.storage.corpus_spec import CorpusSpec, SourceFile, SplitInfo
 from actlake.storage.header import Header
-from actlake.storage.manifest import SCHEMA, Manifest, group_key, read_root, write_root
+from actlake.storage.manifest import SCHEMA, Manifest, group_key, write_root
 from actlake.storage.manifest_files import index_key
 from actlake.storage.moments import Moments, of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit_key, stats_key
 from actlake.storage.rowspace import ROLES, KeepRule, block_places, content_hash, mix64
-from actlake.storage.spec import FORMAT_VERSION, ROW_COLUMNS, DatasetSpec, PointSpec
+from actlake.storage.spec import FORMAT_VERSIONS, ROW_COLUMNS, DatasetSpec, PointSpec
 from actlake.storage.stores import Store
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,7 @@ def arrow(schema: pa.Schema) -> dict[str, str]:
         ("`corpus.json: spec`", names_of(CorpusSpec)),
         ("`corpus.json: splits.*`", names_of(SplitInfo)),
         ("`corpus.json: source_files[]`", names_of(SourceFile)),
+        ("`corpus.json: segments[]`", list(Segment(segment_id="", sources=(), source_files=(), splits={}).to_json())),
     ],
 )
 def test_fields_are_those_of_the_code(heading: str, names: list[str]) -> None:
@@ -96,6 +98,7 @@ def test_fields_are_those_of_the_code(heading: str, names: list[str]) -> None:
         ("Covariance", COVARIANCE),
         ("`sequences/*.parquet`", corpus_files.SEQUENCES),
         ("`vocab-*.parquet`", corpus_files.VOCABULARY),
+        ("`quarantine-*.parquet`", corpus_files.QUARANTINE),
         ("`rows/*/*.parquet`", corpus_files.ROW_INDEX),
     ],
 )
@@ -116,7 +119,7 @@ def test_the_header_and_the_totals(tmp_path: Path, make_spec: Callable[..., Data
     assert list(table("`spec.json`")) == list(json.loads(header.to_bytes()))
     store = Store(tmp_path)
     write_root(store, dataset_id="d", n_rows=1, manifest=Manifest.of([]), groups=[])
-    assert set(table("`root.json`")) == set(read_root(store) or {})
+    assert set(table("`root.json`")) == set(json.loads(store.read("root.json")))
 
 
 class Letters:
@@ -199,10 +202,13 @@ def test_the_array_metadata(name: str, make_spec: Callable[..., DatasetSpec]) ->
 
 
 def test_the_versions_and_constants() -> None:
-    assert f"# The format, version {FORMAT_VERSION}\n" in PAGE
-    assert f"| {FORMAT_VERSION} | dataset |" in PAGE
+    assert f"# The format, version {FORMAT_VERSIONS[-1]}\n" in PAGE
+    for version in FORMAT_VERSIONS:
+        assert f"| {version} | dataset |" in PAGE
     assert ", ".join(f"`{name}`" for name in CNAMES[:-1]) + f" or `{CNAMES[-1]}`" in PAGE
     assert f"a multiple of {PAD_MULTIPLE} tokens" in PAGE
+    assert f"more than {LONGEST_PACKED_ROW} tokens" in PAGE
+    assert f"{SHORTEST_PACKED_ROW} tokens at least" in PAGE
 
 
 # --- arithmetic ---
@@ -237,6 +243,13 @@ def test_batches_follow_the_pages_words() -> None:
     assert batches == [((7,), 256), ((1, 4), 192), ((3, 2, 6), 128), ((0, 5), 64)]
     batches = [(batch.members, batch.n_tokens) for batch in plan_batches(lengths, 400, 200)]
     assert batches == [((7, 1), 200), ((4, 3), 192), ((2, 6, 0, 5), 64)]
+    lengths = [7, 130, 600, 65, 300, 1, 64, 180, 513, 130]
+    assert [(batch.rows, batch.n_tokens) for batch in plan_batches(lengths, 640, 4096, "packed")] == [
+        (((2,),), 640),
+        (((8,),), 576),
+        (((4, 0, 5), (7, 1)), 320),
+        (((9, 3), (6,)), 256),
+    ]
 
 
 def test_a_shards_statistics_are_folded_as_the_page_says() -> None:

@@ -16,6 +16,7 @@ from actlake.storage.records import (
     read_record,
     stats_key,
 )
+from actlake.storage.sealed import seal
 from actlake.storage.stores import Store
 
 
@@ -36,7 +37,7 @@ def test_content_and_history_are_apart(make_record: Callable[..., ShardRecord]) 
     record = make_record(5)
     other = replace(record, revision=3, provenance=Provenance(attempt="another", host="elsewhere", forward_s=3.5))
     value = json.loads(record.to_bytes())
-    assert set(value) == {"content", "revision", "provenance"}
+    assert set(value) == {"content", "revision", "provenance", "crc32c"}
     assert value["content"] == record.content == other.content
     assert json.loads(other.to_bytes())["provenance"] != value["provenance"]
     assert replace(record, n_void=9).content != record.content
@@ -51,7 +52,7 @@ def test_what_a_later_version_adds_to_provenance_is_passed_over(make_record: Cal
     record = make_record(5)
     value = json.loads(record.to_bytes())
     value["provenance"]["gpu_hours"] = 3
-    assert ShardRecord.from_bytes(json.dumps(value).encode(), "w") == record
+    assert ShardRecord.from_bytes(json.dumps(seal(value)).encode(), "w") == record
 
 
 @pytest.mark.parametrize("damage", ["cut", "list", "no content", "extra", "object field", "objects list", "not utf-8"])

@@ -1,5 +1,7 @@
 """The row index: which sequences own which rows, and how many rows each sequence has."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,11 +44,16 @@ def test_prefix_sums_are_checked() -> None:
     st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=8),
     st.sets(st.integers(0, 5), max_size=3),
     st.integers(0, 7),
+    st.sets(st.sampled_from(["text", "user", "model"]), max_size=2),
 )
-def test_counts_equal_the_mask_of_each_sequence(sequences: list[list[int]], exclude: set[int], skip: int) -> None:
-    keep = KeepRule(exclude=tuple(exclude), skip_first=skip)
+def test_counts_equal_the_mask_of_each_sequence(
+    sequences: list[list[int]], exclude: set[int], skip: int, roles: set[str]
+) -> None:
+    keep = KeepRule(exclude=tuple(exclude), skip_first=skip, roles=tuple(roles))
     tokens = np.array([token for sequence in sequences for token in sequence], dtype=np.int32)
     offsets = np.cumsum([0, *map(len, sequences)]).astype(np.int64)
-    expected = [int(keep.mask(np.array(sequence, dtype=np.int32)).sum()) for sequence in sequences]
-    assert count_rows(tokens, offsets, keep).tolist() == expected
-    assert count_rows(tokens, offsets[1:], keep).tolist() == expected[1:]
+    of_token = (np.arange(len(tokens)) * 7 % 4).astype(np.uint8)
+    parts = [slice(start, stop) for start, stop in itertools.pairwise(offsets)]
+    expected = [int(keep.mask(tokens[part], of_token[part]).sum()) for part in parts]
+    assert count_rows(tokens, of_token, offsets, keep).tolist() == expected
+    assert count_rows(tokens, of_token, offsets[1:], keep).tolist() == expected[1:]

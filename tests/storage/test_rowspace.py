@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actlake.storage.errors import BadInputError
-from actlake.storage.rowspace import KeepRule, RowSpace, block_places, content_hash, mix64
+from actlake.storage.rowspace import ROLE_CHOICES, KeepRule, RowSpace, block_places, content_hash, mix64
 
 SPACES = st.builds(
     lambda n_blocks, rows_per_block, n_rows, seed: RowSpace(
@@ -107,10 +107,43 @@ def test_a_shard_out_of_range_is_refused_with_the_range(shard: int) -> None:
 
 def test_keep_rule_masks_ids_and_first_positions() -> None:
     tokens = np.array([2, 2, 9, 0, 5, 1], dtype=np.int32)
-    assert KeepRule(exclude=(2, 0)).mask(tokens).tolist() == [False, False, True, False, True, True]
-    assert KeepRule(skip_first=3).mask(tokens).tolist() == [False, False, False, True, True, True]
-    assert KeepRule(skip_first=9).mask(tokens).tolist() == [False] * 6
-    assert KeepRule().mask(tokens).all()
+    roles = np.array([4, 1, 1, 2, 5, 4], dtype=np.uint8)
+    assert KeepRule(exclude=(2, 0)).mask(tokens, roles).tolist() == [False, False, True, False, True, True]
+    assert KeepRule(skip_first=3).mask(tokens, roles).tolist() == [False, False, False, True, True, True]
+    assert KeepRule(skip_first=9).mask(tokens, roles).tolist() == [False] * 6
+    assert KeepRule().mask(tokens, roles).all()
+    positions = np.array([0, 1, 2, 0, 1, 2])
+    assert KeepRule(skip_first=2).mask(tokens, roles, positions).tolist() == [False, False, True, False, False, True]
+
+
+def test_keep_rule_masks_roles() -> None:
+    tokens, roles = np.arange(6, dtype=np.int32), np.array([4, 1, 1, 2, 5, 4], dtype=np.uint8)
+    assert KeepRule(roles=("user",)).mask(tokens, roles).tolist() == [False, True, True, False, False, False]
+    rule = KeepRule(roles=("model", "reasoning", "user"), exclude=(4,), skip_first=2)
+    assert rule.mask(tokens, roles).tolist() == [False, False, True, True, False, False]
+
+
+def test_keep_rule_has_no_roles_in_its_json_where_it_takes_all() -> None:
+    plain, chosen = KeepRule(exclude=(2,)), KeepRule(exclude=(2,), roles=("reasoning", "model", "model"))
+    assert plain.to_json() == {"exclude": [2], "skip_first": 0}
+    assert chosen.to_json() == {"exclude": [2], "skip_first": 0, "roles": ["model", "reasoning"]}
+    assert chosen.keep_id == KeepRule(exclude=(2,), roles=("model", "reasoning")).keep_id != plain.keep_id
+    for rule in (plain, chosen):
+        assert KeepRule.from_json(rule.to_json()) == rule
+
+
+def test_keep_rule_refuses_roles_that_no_row_can_have() -> None:
+    with pytest.raises(BadInputError, match=r"no role 'modle'; did you mean 'model'\?"):
+        KeepRule(roles=("modle",))
+    with pytest.raises(BadInputError, match=r"no role 'void'; valid names: model, reasoning, system, template, text"):
+        KeepRule(roles=("void",))
+
+
+def test_the_names_of_role_choices_are_rules() -> None:
+    assert KeepRule(roles=ROLE_CHOICES["all"]) == KeepRule()
+    assert {role for roles in ROLE_CHOICES.values() for role in KeepRule(roles=roles).roles} == {
+        "text", "user", "model", "system", "reasoning",
+    }  # fmt: skip
 
 
 def test_keep_rule_is_the_set_of_its_ids() -> None:

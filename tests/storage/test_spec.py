@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "rows_per_block": 64,
     "batch_tokens": 512,
     "codec": Codec(name="none"),
+    "batching": "packed",
 }
 ROW_SPACE = {"corpus_id", "split", "keep", "seed", "order", "rows_per_shard", "rows_per_block"}
 
@@ -42,6 +43,14 @@ def test_a_spec_reads_its_own_json(make_spec: MakeSpec) -> None:
         found = DatasetSpec.from_json(json.loads(json.dumps(spec.to_json())))
         assert found.dataset_id == spec.dataset_id
         assert found.difference(spec) == []
+
+
+def test_padded_batches_are_not_written_down(make_spec: MakeSpec) -> None:
+    padded, packed = make_spec(), make_spec(batching="packed")
+    assert "batching" not in padded.to_json()
+    assert packed.to_json()["batching"] == "packed"
+    assert (padded.format_version, packed.format_version) == (1, 2)
+    assert padded.difference(packed) == ["batching: here 'padded', there 'packed'"]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -74,6 +83,7 @@ def test_equal_specs_pass(make_spec: MakeSpec) -> None:
         ({"split": "test"}, "split = 'test' is not one of train, heldout"),
         ({"dtype": "float16"}, "dtype = 'float16' is not one of bfloat16, float32"),
         ({"order": "shufled"}, "did you mean 'shuffled'"),
+        ({"batching": "auto"}, "batching = 'auto' is not one of padded, packed"),
         ({"hook_points": ()}, "at least one hook point"),
         (
             {"hook_points": 2 * (PointSpec(name="layers.0.mlp_in", width=8, rows_per_chunk=8),)},

@@ -1,0 +1,1 @@
+"""What a job takes before it runs: rows, bytes, memory, hours, money, and what limits it."""

@@ -1,0 +1,28 @@
+"""Keeps credentials out of what people read."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+#: Options whose values are no secret, and would make messages useless where they are struck out.
+_OPEN = {"endpoint_url", "project", "region_name", "account_name", "client", "profile", "anon", "default_location"}
+#: Shorter values are no credentials, and parts of ordinary words.
+_MIN_LENGTH = 6
+
+
+def redacted(text: str, options: Mapping[str, Any]) -> str:
+    """Return a text in which every value of the storage options, but harmless ones, is struck out."""
+    found = {form for value in _values(options) for form in (value, quote(value, safe="")) if len(value) >= _MIN_LENGTH}
+    for value in sorted(found, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return text
+
+
+def _values(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _values(value)
+        elif isinstance(value, str) and name not in _OPEN:
+            yield value
+            # Connection strings and signatures are lists of parts.
+            yield from (part.partition("=")[2] for part in value.replace("&", ";").split(";") if "=" in part)
