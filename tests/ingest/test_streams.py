@@ -43,11 +43,12 @@ def captured(name: str) -> dict[str, torch.Tensor]:
 
 def normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
     """RMSNorm as the papers have it: Gemma scales by 1 + weight in float32, the others by the weight, rounded."""
+    weight: torch.Tensor = norm.weight
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
     if "Gemma" in type(norm).__name__:
-        return (scaled * (1 + norm.weight.float())).to(x.dtype)
-    return norm.weight * scaled.to(x.dtype)  # type: ignore[no-any-return]
+        return (scaled * (1 + weight.float())).to(x.dtype)
+    return weight * scaled.to(x.dtype)
 
 
 def test_every_architecture_has_a_tiny_model() -> None:
@@ -88,7 +89,8 @@ def test_attn_z_is_as_wide_as_the_heads(name: str) -> None:
     assert z.shape == (2, 16, n_heads * head_dim)
     # The first token attends to itself alone: its z is its value vector, once for each head of a group.
     model = loaded(name)
-    block: Any = model.text.layers[1]
+    layers: Any = model.text.layers
+    block = layers[1]
     with torch.inference_mode():
         x = normed(captured(name)["layers.1.resid_pre"], block.input_layernorm)
         value = block.self_attn.v_proj(x)[:, 0].unflatten(-1, (-1, head_dim))
