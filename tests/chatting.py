@@ -1,10 +1,12 @@
 """Chats for tests: a tokenizer of bytes that loses nothing, templates of several kinds, and what each token is."""
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from actlake.ingest.chat_tokens import TokenisedChat
 from actlake.ingest.documents import Document, Message
@@ -63,3 +65,24 @@ def runs(tokenizer: Any, found: TokenisedChat | str) -> list[tuple[str, str, int
             ids.append(([], names[role], turn))
         ids[-1][0].append(token)
     return [(tokenizer.decode(tokens, skip_special_tokens=False), role, turn) for tokens, role, turn in ids]
+
+
+def save_chat_model(folder: Path, **changes: Any) -> Path:
+    """Save a Gemma 3 of two narrow layers with a tokenizer of bytes; return the folder."""
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=128,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model: Any = Gemma3ForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -1,12 +1,24 @@
 """A whole model in miniature: a real Gemma 3 of three narrow layers with random weights, and a word tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from fakes import write_documents
 from runs import contents
+
+from actlake.storage.stores import Store
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    """Return the URL of a folder in memory; what is left in it goes."""
+    root = f"memory://actlake-{uuid4().hex}"
+    yield root
+    if (place := Store(root)).exists(""):
+        place.fs.rm(place.root, recursive=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from chatting import byte_tokenizer
+from chatting import save_chat_model
 
 import actlake
 from actlake.jobs.ingestion import ingest
@@ -26,26 +26,7 @@ CONTEXT = 48
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 3 of two narrow layers with a tokenizer of bytes."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    folder = tmp_path_factory.mktemp("models") / "chatty"
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    model: Any = Gemma3ForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("models") / "chatty")
 
 
 def chats() -> list[dict[str, Any]]:

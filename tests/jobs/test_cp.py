@@ -1,12 +1,11 @@
 """`actlake cp`: whole datasets and parts of them, between all kinds of store, cut short at any write, and damaged."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -39,14 +38,6 @@ from actlake.storage.stores import Store
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    root = f"memory://actlake-{uuid4().hex}"
-    yield root
-    if (place := Store(root)).exists(""):
-        place.fs.rm(place.root, recursive=True)
 
 
 def assert_whole(url: str) -> None:

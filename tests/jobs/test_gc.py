@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from fakes import make_corpus, write_documents
@@ -57,14 +55,6 @@ copy_dataset(Store(sys.argv[1]), Store(sys.argv[2]), n_workers=1)
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    root = f"memory://actlake-{uuid4().hex}"
-    yield root
-    if (place := Store(root)).exists(""):
-        place.fs.rm(place.root, recursive=True)
 
 
 def litter(place: Store, *, age_s: float = 2 * HOUR) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from chatting import byte_tokenizer
+from chatting import byte_tokenizer, save_chat_model
 from runs import contents, run_until
 
 import actlake
@@ -36,27 +36,7 @@ N_BATCHES = 3
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 3 of two narrow layers with a tokenizer of bytes."""
-    import torch
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    folder = tmp_path_factory.mktemp("models") / "talkative"
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.5,
-    )
-    torch.manual_seed(0)
-    made: Any = Gemma3ForCausalLM(config)
-    made.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_chat_model(tmp_path_factory.mktemp("models") / "talkative", initializer_range=0.5)
 
 
 @pytest.fixture(scope="module")

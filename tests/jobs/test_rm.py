@@ -1,9 +1,7 @@
 """`actlake rm`: what goes and what stays, and that a removal cut short anywhere leaves nothing that seems whole."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from fakes import make_corpus, write_documents
@@ -26,14 +24,6 @@ from actlake.storage.stores import Store
 
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    root = f"memory://actlake-{uuid4().hex}"
-    yield root
-    if (place := Store(root)).exists(""):
-        place.fs.rm(place.root, recursive=True)
 
 
 @pytest.fixture
