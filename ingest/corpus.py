@@ -103,11 +103,9 @@ def build_corpus(
 
 def _write_quarantine(corpus: Corpus) -> None:
     """Put the list of bad documents under the name that people look for, beside the listed file that readers use."""
-    listed = next((key for key in corpus.files if key.startswith(QUARANTINE_STEM)), None)
-    if listed is None:
-        corpus.store.delete(QUARANTINE_COPY)
-    else:
-        corpus.store.write(QUARANTINE_COPY, corpus.store.read(listed))
+    for key in corpus.files:
+        if key.startswith(QUARANTINE_STEM):
+            corpus.store.write(QUARANTINE_COPY, corpus.store.read(key))
 
 
 def _require_clean(present: Corpus) -> None:
