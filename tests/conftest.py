@@ -1,5 +1,6 @@
 """What every test shares: one thread per library, no calls home, and the order from the fast areas to the slow ones."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,16 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",  # loopback only
 )
+
+# The environment of the trainers' tests has no Hypothesis.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import settings
+
+    # No deadline a case: the machine that runs the tests may be busy. The same cases in every run: a change is not to
+    # be blamed for a case that has nothing to do with it. `pytest --hypothesis-profile explore` looks for new ones.
+    settings.register_profile("actlake", deadline=None, derandomize=True)
+    settings.register_profile("explore", deadline=None, max_examples=1_000)
+    settings.load_profile("actlake")
 
 _TESTS = Path(__file__).parent
 _AREAS = ("storage", "ingest", "shards", "jobs", "infra", "fuzz", "", "integration", "trainers")

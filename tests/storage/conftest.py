@@ -9,17 +9,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import settings
 
 from actlake.storage.codecs import Codec
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec, PointSpec
 from actlake.storage.stores import Store
-
-# No deadline a case: the machine that runs the tests may be busy.
-settings.register_profile("actlake", deadline=None)
-settings.load_profile("actlake")
 
 SPEC = DatasetSpec(
     model="formula",
