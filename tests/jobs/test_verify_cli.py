@@ -21,6 +21,7 @@ from actlake.shards.covariance import read_covariance
 from actlake.storage.arrays import crc32c, encode_shard
 from actlake.storage.moments import from_parquet, of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, commit, commit_key, read_record, stats_key
+from actlake.storage.sealed import seal
 from actlake.storage.stores import Store
 
 POINT = "layers.1.attn_z"
@@ -105,9 +106,9 @@ def of_another_shard(ds: Path) -> None:
 
 
 def of_another_dataset(ds: Path) -> None:
-    (ds / commit_key(1)).write_bytes(
-        (ds / "heldout" / commit_key(0)).read_bytes().replace(b'"shard": 0', b'"shard": 1')
-    )
+    value = json.loads((ds / "heldout" / commit_key(0)).read_bytes())
+    value["content"]["shard"] = 1
+    (ds / commit_key(1)).write_text(json.dumps(seal(value)))
 
 
 def foreign(ds: Path) -> None:
