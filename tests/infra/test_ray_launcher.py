@@ -60,6 +60,6 @@ def test_all_processes_ask_for_the_token() -> None:
     value = config()
     assert "--env RAY_AUTH_MODE=token" in value["docker"]["run_options"]
     (target,) = value["file_mounts"]
-    home = re.search(r"^WORKDIR (/home/\w+)$", (ROOT / "infra/docker/Dockerfile").read_text(), re.MULTILINE)
+    home = re.search(r"useradd .*--home-dir (/\S+)", (ROOT / "infra/docker/Dockerfile").read_text())
     assert home is not None
     assert target == f"{home[1]}/.ray/auth_token"
