@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actlake.storage.parquet_footer import column_claims
+
 #: A column of a row group, unpacked: 100 times the largest of ours.
 _MAX_NBYTES = 1 << 30
 
@@ -17,14 +19,12 @@ def check_footer(footer: pq.FileMetaData, *, n_rows: int, n_values: int | None =
     most = n_rows if n_values is None else n_values
     if not 0 <= footer.num_rows <= n_rows or footer.num_row_groups > max(1, n_rows):
         raise ValueError(f"{footer.num_rows} rows in {footer.num_row_groups} groups; there can be at most {n_rows}")
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        for column in map(group.column, range(group.num_columns)):
-            if not 0 <= column.num_values <= most or not 0 <= column.total_uncompressed_size <= _MAX_NBYTES:
-                raise ValueError(
-                    f"{column.path_in_schema} has {column.num_values} values in {column.total_uncompressed_size} "
-                    f"bytes; there can be at most {most} in {_MAX_NBYTES}"
-                )
+    for column in column_claims(footer):
+        if not 0 <= column.n_values <= most or not 0 <= column.nbytes <= _MAX_NBYTES:
+            raise ValueError(
+                f"{column.path} has {column.n_values} values in {column.nbytes} bytes; there can be at most {most} in "
+                f"{_MAX_NBYTES}"
+            )
 
 
 def require_whole(table: pa.Table, n_rows: int, nullable: Iterable[str] = ()) -> None:
