@@ -22,7 +22,7 @@ from actlake.ingest.corpus_spill import (
     write_documents,
     write_tables,
 )
-from actlake.ingest.corpus_windows import digest_entry, split_of, window_table
+from actlake.ingest.corpus_windows import digest_entry, split_id, split_of, window_table
 from actlake.ingest.documents import BadDocument, Document
 from actlake.ingest.records import Fields
 from actlake.ingest.replies import replied
@@ -211,7 +211,8 @@ def bucket_of(windows: pa.Table, order: PartOrder) -> Any:
     """Return the bucket of each window, int64 [n]: by the upper bits of its key; those of the held-out split follow."""
     spec = order.spec
     names = windows["document"].combine_chunks().dictionary_encode()
-    held_out = np.array([split_of(spec.seed, spec.holdout, name) != SPLITS[0] for name in names.dictionary.to_pylist()])
+    ids = [split_id(spec, name) for name in names.dictionary.to_pylist()]
+    held_out = np.array([split_of(spec.seed, spec.holdout, name) != SPLITS[0] for name in ids])
     of_window = held_out[names.indices.to_numpy()]
     key = windows["key"].to_numpy()
     train, held = (_upper(key, order.n_buckets[split]) for split in SPLITS)

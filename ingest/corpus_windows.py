@@ -4,6 +4,7 @@ The order of a corpus is a sort by hash, so that it is the same however files ar
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from actlake.storage.rowspace import ROLE_TEXT, content_hash
 
 I64 = npt.NDArray[np.int64]
 
+#: The number of a reply, at the end of a conversation's id (``ingest/replies.py``).
+_REPLY = re.compile(r"#[0-9]+\Z")
+
 
 def _hash64(message: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "big")
@@ -29,6 +33,15 @@ def split_of(seed: int, holdout: float, document: str) -> str:
     """
     held_out = _hash64(b"holdout" + seed.to_bytes(8, "big") + document.encode()) < holdout * 2.0**64
     return "heldout" if held_out else "train"
+
+
+def split_id(spec: CorpusSpec, document: str) -> str:
+    """Return the id whose hash decides a document's split: where a prompt has several replies, that of the prompt.
+
+    Else what one conversation teaches would be held out in another that begins with the same words.
+    """
+    several = spec.replies is not None and spec.replies.n > 1
+    return _REPLY.sub("", document) if several else document
 
 
 def order_key(seed: int, document: str, window: int) -> int:

@@ -22,6 +22,8 @@ from actlake.storage.errors import SourceError, nearest
 from actlake.storage.stores import Store
 
 _MAGIC = re.compile(r"[*?\[]")
+#: A repository of the Hub at the beginning of a URL, its revision included: owner, then name.
+_HUB = re.compile(r"hf://(?:(?:datasets|spaces)/)?([^/]+)/([^/]+)")
 _BUILTIN = "builtin:"
 
 Options = Mapping[str, Any] | None
@@ -90,6 +92,7 @@ def _list(source: str, options: Options) -> list[SourceFile]:
     if source.startswith(_BUILTIN):
         nbytes = sum(len(text.encode()) for text in _builtin(source).values())
         return [SourceFile(source=source, name=source.removeprefix(_BUILTIN), nbytes=nbytes)]
+    _require_revision(source)
     folder, pattern = _split(source)
     store = Store(folder, options)
     with _readable(f"source {source!r}"):
@@ -114,6 +117,17 @@ def _list(source: str, options: Options) -> list[SourceFile]:
     for file in files:
         reader_of(file)
     return files
+
+
+def _require_revision(source: str) -> None:
+    """Raise ``SourceError`` for files of the Hub that may be others tomorrow."""
+    repository = _HUB.match(source)
+    if repository and "@" not in repository[2]:
+        pinned = source.replace(repository[0], f"{repository[0]}@<commit>", 1)
+        raise SourceError(
+            f"source {source!r} names no revision, so a later run might read other files: write {pinned!r}; the commit "
+            "stands on the repository's page on the Hub, under 'History'"
+        )
 
 
 def _split(source: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from actlake.ingest.chat_tokens import ChatTokeniser
 from actlake.ingest.chats import control_ids
+from actlake.ingest.corpus_windows import split_id
 from actlake.ingest.documents import BadDocument, Document
 from actlake.ingest.generating import ReplyGenerator, random_numbers, stop_ids
 from actlake.ingest.hooks import architecture
@@ -175,6 +176,13 @@ def test_conversations_are_read_back_in_the_place_of_their_prompts(tmp_path: Any
     assert by_id["b#1"].metadata == {"ending": "length"}
     assert by_id["a#1"].metadata == {"kind": "k", "ending": "eos"}
     assert seen == ["ending"]
+
+
+def test_all_replies_to_a_prompt_share_its_split() -> None:
+    assert split_id(spec_of(n=2), "p#1#12") == "p#1"
+    assert split_id(spec_of(n=2), "asked #why") == "asked #why"
+    # One reply each: what was built before keeps its splits.
+    assert split_id(spec_of(n=1), "p#0") == "p#0"
 
 
 def test_redacted_conversations_are_gone_for_good(tmp_path: Any) -> None:

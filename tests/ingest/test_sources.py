@@ -372,6 +372,12 @@ def test_a_revision_of_a_hub_dataset_is_a_folder_of_its_own(monkeypatch: pytest.
     assert _pairs("hf://datasets/someone/chats@refs%2Fpr%2F1/data/*.jsonl") == [("a.jsonl:1", "B")]
 
 
+@pytest.mark.parametrize("url", ["hf://datasets/someone/chats/**/*.jsonl", "hf://someone/model/a.jsonl"])
+def test_files_of_the_hub_without_a_revision_are_refused(url: str) -> None:
+    with pytest.raises(SourceError, match=r"names no revision.*(chats|model)@<commit>/"):
+        describe_sources([url])
+
+
 def test_a_version_changes_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A")
     (file,) = describe_sources([f"{tmp_path}/a.txt"])

@@ -120,6 +120,7 @@ def test_replies_are_captured_with_their_prompts_by_role(undisturbed: Path) -> N
     assert len(batches(undisturbed)) == N_BATCHES
     corpus.verify()
     tokenizer, n_documents, endings = byte_tokenizer(), 0, set()
+    prompts: dict[str, set[str]] = {split: set() for split in corpus.splits}
     stored = {row["id"]: row for path in batches(undisturbed) for row in pq.read_table(path).to_pylist()}
     assert len(stored) == 2 * N_PROMPTS
     for split, info in corpus.splits.items():
@@ -128,6 +129,7 @@ def test_replies_are_captured_with_their_prompts_by_role(undisturbed: Path) -> N
             endings.add(sequence.metadata["ending"])
             if sequence.document == "whole":
                 continue
+            prompts[split].add(sequence.document.partition("#")[0])
             row = stored[sequence.document]
             spoken = sequence.tokens[sequence.roles == ROLES["model"]].tolist()
             contents = [one["content"].strip() for one in row["messages"] if one["role"] == "model"]
@@ -136,6 +138,9 @@ def test_replies_are_captured_with_their_prompts_by_role(undisturbed: Path) -> N
             assert sequence.turns is not None
             assert sequence.turns.max() == len(row["messages"]) - 1
     assert n_documents == 2 * N_PROMPTS + 1
+    # Both replies to a prompt are in one split.
+    assert prompts["heldout"]
+    assert prompts["train"].isdisjoint(prompts["heldout"])
     assert endings >= {"length", None}
     assert set(ds["rows/role"][:].tolist()) == {ROLES["model"]}
     assert stored["p0#0"]["messages"][0] == stored["p0#1"]["messages"][0]
