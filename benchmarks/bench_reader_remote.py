@@ -25,7 +25,7 @@ from typing import Any
 
 from decoding import decode_memory, stored_chunks
 from emulators import NAMES, OPTIONS, emulator, running
-from harness import Report, Row, Stopwatch, leave_result, make_parser, median_rate, n_cores, run_child
+from harness import Report, Row, Stopwatch, leave_result, make_parser, median_rate, n_cores, run_child, warm_memory
 from tiling import pick_points, tile
 
 import actlake
@@ -113,6 +113,7 @@ def child(endpoint: Endpoint, repeats: int) -> dict[str, list[dict[str, float]]]
         for what, prepare in (("fetch", _fetch), ("stream", _stream)):
             ds = actlake.open(endpoint.url, endpoint.options)
             run = prepare(ds, ds.hook_points[0])
+            warm_memory()
             with Stopwatch() as own, Stopwatch(pids=endpoint.pids) as theirs:
                 run()
             spent = {"seconds": own.seconds, "client_cpu_s": own.cpu_s, "server_cpu_s": theirs.cpu_s}

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from decoding import decode_files, stored_chunks
-from harness import Rate, Report, Row, Stopwatch, make_parser, median_rate, n_cores
+from harness import Rate, Report, Row, Stopwatch, make_parser, median_rate, n_cores, warm_memory
 from tiling import pick_points, tile, write_raw
 
 import actlake
@@ -86,6 +86,7 @@ def in_turns(repeats: int, *runs: Callable[[], Rate]) -> list[list[Rate]]:
     found: list[list[Rate]] = [[] for _ in runs]
     for repeat in range(repeats):
         for place in range(len(runs)) if repeat % 2 == 0 else reversed(range(len(runs))):
+            warm_memory()
             found[place].append(runs[place]())
     return found
 
