@@ -36,12 +36,8 @@ def split_of(seed: int, holdout: float, document: str) -> str:
 
 
 def split_id(spec: CorpusSpec, document: str) -> str:
-    """Return the id whose hash decides a document's split: where a prompt has several replies, that of the prompt.
-
-    Else what one conversation teaches would be held out in another that begins with the same words.
-    """
-    several = spec.replies is not None and spec.replies.n > 1
-    return _REPLY.sub("", document) if several else document
+    """Return the id whose hash decides a document's split: its own, or that of the prompt that it replies to."""
+    return _REPLY.sub("", document) if spec.split_by == "prompt" else document
 
 
 def order_key(seed: int, document: str, window: int) -> int:

@@ -93,7 +93,14 @@ def _corpus_spec(job: Job, fingerprint: str, chats: str, model: str) -> CorpusSp
         weights=job.corpus.weights,
         quotas=job.corpus.quotas,
         replies=None if job.corpus.replies is None else job.corpus.replies.rule(model, job.capture.dtype),
+        split_by=job.corpus.split_by or _split_by(job),
     )
+
+
+def _split_by(job: Job) -> str:
+    # What one reply to a prompt teaches would else be held out in another one that begins with the same words.
+    several = job.corpus.replies is not None and job.corpus.replies.n > 1
+    return "prompt" if several else "document"
 
 
 def _chat_format(job: Job, tokenizer: Any) -> str:

@@ -34,7 +34,11 @@ _NEWER: Mapping[str, Any] = {
     "weights": {},
     "quotas": {},
     "replies": None,
+    "split_by": "document",
 }
+
+#: What is held out as one: a document, or all replies to a prompt, whose ids differ in a ``#`` and digits at the end.
+SPLIT_BY = ("document", "prompt")
 
 #: Where the documents lie and which of them are taken: their digest pins all that these decide.
 _PLACES = (
@@ -75,7 +79,8 @@ class CorpusSpec:
     ``weights`` mix the sources: each has a share of the tokens of every prefix in proportion to its weight. ``quotas``
     are the most training tokens of a source, BOS included.
 
-    ``replies`` says how prompts are completed by a model before they are tokenised.
+    ``replies`` says how prompts are completed by a model before they are tokenised. ``split_by`` is what is held out as
+    one, of ``SPLIT_BY``.
     """
 
     sources: tuple[str, ...]
@@ -97,6 +102,7 @@ class CorpusSpec:
     weights: Mapping[str, float] = field(default_factory=dict)
     quotas: Mapping[str, int] = field(default_factory=dict)
     replies: ReplyRule | None = None
+    split_by: str = "document"
 
     def __post_init__(self) -> None:
         sources: Any = self.sources
@@ -131,6 +137,8 @@ class CorpusSpec:
                 f"stride = {self.stride} leaves out text or stands still; use 1 to {self.n_text_tokens}, the tokens of "
                 "text in a window, or leave it out for windows without overlap"
             )
+        if self.split_by not in SPLIT_BY:
+            raise BadInputError(f"split_by = {self.split_by!r} is not one of {', '.join(SPLIT_BY)}")
         if self.chats != (self.chat_format is not None):
             raise BadInputError("chat_format goes together with messages_field or replies: give both or none")
         if self.replies is not None and self.replies.max_new_tokens + self.prepend_bos >= self.context_length:

@@ -179,10 +179,13 @@ def test_conversations_are_read_back_in_the_place_of_their_prompts(tmp_path: Any
 
 
 def test_all_replies_to_a_prompt_share_its_split() -> None:
-    assert split_id(spec_of(n=2), "p#1#12") == "p#1"
-    assert split_id(spec_of(n=2), "asked #why") == "asked #why"
-    # One reply each: what was built before keeps its splits.
-    assert split_id(spec_of(n=1), "p#0") == "p#0"
+    together = replace(spec_of(n=2), split_by="prompt")
+    assert split_id(together, "p#1#12") == "p#1"
+    assert split_id(together, "asked #why") == "asked #why"
+    # What was built before keeps its splits and its identity; those that differ in splits are two corpora.
+    assert split_id(spec_of(n=2), "p#0") == "p#0"
+    assert "split_by" not in spec_of(n=2).definition
+    assert together.corpus_id("digest") != spec_of(n=2).corpus_id("digest")
 
 
 def test_redacted_conversations_are_gone_for_good(tmp_path: Any) -> None:

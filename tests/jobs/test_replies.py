@@ -178,6 +178,7 @@ def test_conversations_are_a_source_of_chats_elsewhere(
             "metadata": ["kind", "ending"],
             "context_length": 128,
             "holdout": 0.2,
+            "split_by": "prompt",
         },
     }
     ingest(parse_job(job), engine="local")
