@@ -8,6 +8,7 @@ import pytest
 
 from actlake.storage.parquet_bounds import check_footer
 from actlake.storage.parquet_footer import column_claims
+from actlake.storage.parquet_seal import read_footer, write_sealed
 
 
 def _file(n_rows: int = 40) -> bytes:
@@ -51,3 +52,25 @@ def test_more_values_than_there_can_be_are_refused() -> None:
     check_footer(footer, n_rows=40, n_values=32)
     with pytest.raises(ValueError, match=r"parts\.list\.element has 32 values in \d+ bytes; there can be at most 31 "):
         check_footer(footer, n_rows=40, n_values=31)
+
+
+@pytest.mark.parametrize("n_columns", [3, 2000])
+def test_every_flipped_bit_of_a_sealed_footer_is_found(n_columns: int) -> None:
+    """That of 2,000 columns is longer than what is read at once."""
+    table = pa.table({f"c{i}": [i, 7] for i in range(n_columns)})
+    whole = write_sealed(table, compression="zstd", write_statistics=False, row_group_size=2)
+    footer = read_footer(io.BytesIO(whole))
+    assert pq.ParquetFile(io.BytesIO(whole), metadata=footer).read().equals(table)
+    n_bits = 8 * (int.from_bytes(whole[-8:-4], "little") + 8)
+    assert (n_bits > 8 * 65536) == (n_columns == 2000)
+    for bit in range(8 * len(whole) - n_bits, 8 * len(whole), max(1, n_bits // 1500)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        if b"footer_crc32c" in data:
+            with pytest.raises((ValueError, OSError, pa.ArrowException)):
+                read_footer(io.BytesIO(bytes(data)))
+
+
+def test_a_footer_without_a_seal_is_read() -> None:
+    data = _file()
+    assert read_footer(io.BytesIO(data)).equals(_footer(data))
