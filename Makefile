@@ -14,10 +14,12 @@ TRAINERS := .venv-trainers
 RIVALS := .venv-rivals
 # Benchmarks that import other tools, in an environment of their own.
 BESIDE := benchmarks/bench_rivals.py benchmarks/bench_end_to_end.py
+# And one for a machine with a GPU.
+ON_GPU := benchmarks/bench_gpu.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-trainers fuzz image lint types format screenshots faults bench bench-rivals lock clean
+.PHONY: help demo test test-trainers fuzz chaos image lint types format screenshots faults bench bench-rivals lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -55,13 +57,17 @@ format: $(VENV)/.dev ## let ruff mend what it can
 faults: $(VENV)/.dev ## flip 10,000 bits of stored objects, one at a time: each must be found or harmless
 	$(BIN)/python benchmarks/bench_flips.py --flips 10000
 
+CHAOS_RANDOM ?= 50
+chaos: $(VENV)/.dev ## kill ingestion runs at every step and at CHAOS_RANDOM random times: nothing lost, nothing twice
+	$(BIN)/python tests/chaos/run.py --random $(CHAOS_RANDOM)
+
 screenshots: $(VENV)/.browser demo ## pictures of the demo dataset's report, for docs/img
 	@mkdir -p build
 	$(BIN)/actlake report data/demo -o build/report.html
 	$(BIN)/python tests/screenshots.py build/report.html docs/img
 
-bench: $(VENV)/.dev ## run every benchmark but those beside other tools
-	@set -e; for script in $(filter-out $(BESIDE),$(wildcard benchmarks/bench_*.py)); do \
+bench: $(VENV)/.dev ## run every benchmark but those beside other tools or on a GPU
+	@set -e; for script in $(filter-out $(BESIDE) $(ON_GPU),$(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$script"; $(BIN)/python "$$script"; done
 
 bench-rivals: $(RIVALS)/.done ## actlake beside other readers, and from tokens to a trained autoencoder beside SAELens

@@ -21,8 +21,8 @@ import torch
 from harness import Report, Row, make_parser
 from transformers import PreTrainedTokenizerFast
 
+from actlake.ingest.batch_feed import run_batch
 from actlake.ingest.batching import choose_batching, plan_batches
-from actlake.ingest.build import run_batch
 from actlake.ingest.capture import Capture
 from actlake.ingest.loading import load_model
 from actlake.ingest.models import load_tokenizer, resolve_model

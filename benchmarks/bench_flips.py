@@ -26,6 +26,7 @@ from actlake.shards.verify_layout import layout_problems
 from actlake.storage.errors import ActlakeError, MissingObjectError
 from actlake.storage.manifest import Manifest, compact, write_root
 from actlake.storage.records import GROUP_SHARDS, ObjectRecord, Provenance, ShardRecord, commit
+from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
 
 POINTS = ("layers.3.mlp_out", "layers.3.resid_post")
@@ -122,6 +123,8 @@ def make_dataset(url: str) -> Target:
 
 # --- the manifest of a large one ---
 
+SPACE = RowSpace(n_rows=8 * GROUP_SHARDS, rows_per_shard=8, rows_per_block=8, seed=0, order="shuffled")
+
 
 def observe_manifest(store: Store) -> Any:
     """Return all columns of a manifest, as opening and queries read them."""
@@ -150,7 +153,7 @@ def make_manifest(url: str) -> Target:
         )
         commit(store, record)
     manifest = Manifest.load_listed(store)
-    groups = compact(store, manifest, GROUP_SHARDS, dict.fromkeys(range(GROUP_SHARDS), 8))
+    groups = compact(store, manifest, SPACE)
     write_root(store, dataset_id="d" * 64, n_rows=8 * GROUP_SHARDS, manifest=manifest, groups=groups)
     keys = [f"manifest/{name}" for name in store.names("manifest")]
     return Target(store=store, observe=observe_manifest, kinds={"manifest": keys, "root.json": ["root.json"]})

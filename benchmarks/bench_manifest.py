@@ -29,7 +29,8 @@ from actlake.storage.codecs import Codec
 from actlake.storage.header import Header, prepare
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.manifest import SCHEMA, Manifest, group_key, write_root
-from actlake.storage.manifest_files import GroupFile, Rows, group_bytes, to_records
+from actlake.storage.manifest_files import group_bytes, to_records
+from actlake.storage.manifest_parts import GroupFile, Rows
 from actlake.storage.records import GROUP_SHARDS, commit
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec, PointSpec
@@ -111,7 +112,7 @@ def generate(url: str, n_shards: int) -> dict[str, float]:
     for record in to_records(rest):
         commit(store, record)
     begun = time.perf_counter()
-    manifest = Manifest([*(GroupFile(store, group) for group in range(n_groups)), Rows(n_groups, lambda: rest)])
+    manifest = Manifest([*(GroupFile(store, group) for group in range(n_groups)), Rows(n_groups, rest)])
     opened = time.perf_counter() - begun
     write_root(
         store,

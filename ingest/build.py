@@ -7,58 +7,49 @@ record comes last.
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from actlake.ingest.batching import Batch, plan_batches
-from actlake.storage.arrays import ArraySpec, crc32c, encode_shard
+from actlake.ingest.batch_feed import ForwardPass, LaidBatch, ahead, batches_of
+from actlake.ingest.passes import plan_passes
+from actlake.ingest.shard_memory import carve, nbytes_of
+from actlake.ingest.storing import Memory, Statistics, Timing, store_arrays, store_statistics
+from actlake.ingest.workshop import Workshop
+from actlake.storage.arrays import ArraySpec
 from actlake.storage.corpus import Corpus
-from actlake.storage.errors import DataError, NotFoundError, SpecMismatchError
+from actlake.storage.errors import NotFoundError, SpecMismatchError
 from actlake.storage.header import Header
 from actlake.storage.manifest import uncommit
-from actlake.storage.moments import Moments, of_shard, to_parquet
-from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, read_record, stats_key
+from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, read_record
 from actlake.storage.rowspace import ROLE_VOID
 from actlake.storage.shard_rows import ShardRows
-from actlake.storage.spec import DatasetSpec
 from actlake.storage.stores import Store
 
-# Shapes: B sequences of a batch, T tokens, D width, N rows of a shard.
+#: Hears of rows that are captured, and of the seconds of their forward pass.
+OnRows = Callable[[int, float], None]
 
 
-class ForwardPass(Protocol):
-    """Runs the model: int64 [B, T] to ``{hook point: [B, T, D]}``; deterministic for one shape on one device.
-
-    With ``position_ids``, int64 [B, T], each position 0 begins a sequence that sees no other one in its row.
-    """
-
-    def __call__(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, /
-    ) -> Mapping[str, torch.Tensor]: ...
-
-
-@dataclass
-class Timing:
-    """Seconds spent, and padded tokens run, for one shard."""
-
-    forward_s: float = 0.0
-    encode_s: float = 0.0
-    write_s: float = 0.0
-    n_tokens: int = 0
+def _unheard(n_rows: int, forward_s: float) -> None:
+    pass
 
 
 class ShardBuilder:
     """Builds and commits shards of one split of one dataset.
 
-    Holds the host memory of one shard, which it uses again for the next. Not thread-safe: one per worker. A row with a
-    value that is not finite fails its shard; with ``void_nonfinite`` it becomes a void row, at all hook points.
+    Thread-safe: one thread runs batches, while others encode and store what they have captured. As many shards are in
+    the making as ``workshop`` has memory for, by default two; the builders of both splits share one.
+
+    ``narrow`` gives the forward pass of some hook points alone; without it, all passes run ``forward`` whole.
+    ``shard_memory`` are the bytes that a shard may take: where its hook points want more, they are captured in passes.
+    A row with a value that is not finite fails its shard; with ``void_nonfinite`` it becomes a void row, at all hook
+    points.
     """
 
     def __init__(
@@ -71,6 +62,9 @@ class ShardBuilder:
         made_by: Provenance | None = None,
         n_threads: int = 1,
         void_nonfinite: bool = False,
+        shard_memory: int | None = None,
+        narrow: Callable[[Sequence[str]], ForwardPass] | None = None,
+        workshop: Workshop | None = None,
     ) -> None:
         self.header = Header.read(store)
         if corpus.corpus_id != self.header.spec.corpus_id:
@@ -81,70 +75,31 @@ class ShardBuilder:
         self.store, self.corpus, self.forward, self.device = store, corpus, forward, device
         self.made_by, self.void_nonfinite = made_by or Provenance(), void_nonfinite
         self.space = self.header.spec.row_space(self.header.n_rows)
-        self.index = corpus.row_index(self.header.spec.split, self.header.spec.keep)
+        self.workshop = workshop or Workshop(n_threads)
+        with self.workshop.corpus:
+            self.index = corpus.row_index(self.header.spec.split, self.header.spec.keep)
         self._arrays = self.header.spec.arrays()
-        largest = min(self.space.rows_per_shard, self.space.n_rows)
-        self._memory = {name: _allocate(array, largest) for name, array in self._arrays.items()}
-        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="actlake-encode")
+        self._largest = min(self.space.rows_per_shard, self.space.n_rows)
+        self.passes = plan_passes(self.header.spec, self._largest, shard_memory)
+        self._forwards = {
+            points: narrow(points) if narrow is not None and len(self.passes) > 1 else forward for points in self.passes
+        }
+        self._nbytes = max(nbytes_of(self._of(points), self._largest + 1) for points in self.passes)
 
-    def build(self, shard: int, on_rows: Callable[[int], None] = lambda n_rows: None) -> ShardRecord:
+    def build(self, shard: int, on_rows: OnRows = _unheard) -> ShardRecord:
         """Build, store and commit a shard; return its record, or the one that another worker committed before.
 
-        ``on_rows`` hears of rows as they are captured. Raises ``DataError`` for non-finite activations, unless they
-        are to become void rows.
+        ``on_rows`` hears of rows as they are captured, in another thread. Raises ``DataError`` for non-finite
+        activations, unless they are to become void rows.
         """
         n_rows, found = len(self.space.rows_of(shard)), self._committed(shard)
         if found is not None and found.n_rows >= n_rows:
             return found
-        started, timing = _now(), Timing()
-        self._capture(shard, timing, on_rows)
-        # First, because it refuses non-finite values: nothing of a bad shard is stored.
-        moments, n_void = self._moments(shard, n_rows, timing)
-        if found is not None:
-            # A short shard that has grown takes the keys of its objects: no reader may see them beside the old record.
-            uncommit(self.store, shard)
-        stats = self._store_statistics(shard, moments, timing)
-        objects = {name: self._store_array(array, shard, n_rows, timing) for name, array in self._arrays.items()}
-        record = ShardRecord(
-            dataset_id=self.header.spec.dataset_id,
-            shard=shard,
-            revision=0 if found is None else found.revision + 1,
-            first_row=self.space.rows_of(shard).start,
-            n_rows=n_rows,
-            n_void=n_void,
-            objects=objects,
-            stats=stats,
-            provenance=replace(
-                self.made_by, attempt=uuid.uuid4().hex, started=started, finished=_now(), **vars(timing)
-            ),
-        )
-        commit(self.store, record)
-        return record
+        with self.workshop.memory.lease(self._nbytes) as arena:
+            return _Attempt(self, shard, found, arena, on_rows).make()
 
-    def _capture(self, shard: int, timing: Timing, on_rows: Callable[[int], None]) -> None:
-        rows = ShardRows.of(self.corpus, self.index, self.header.spec, self.space, shard)
-        for name, column in rows.columns().items():
-            self._memory[f"rows/{name}"][: len(column)] = column
-        start = time.perf_counter()
-        for batch in batches_of(rows, self.header.spec, self.corpus):
-            acts = run_batch(self.forward, batch, rows, self.device)
-            source_N, target_N = gathered(batch, rows)
-            for point in self.header.spec.hook_points:
-                self._memory[point.name][target_N] = take(acts[point.name], source_N)
-            timing.n_tokens += batch.n_run
-            on_rows(len(target_N))
-        for name in self.header.spec.point_names:
-            self._memory[name][rows.void] = 0
-        timing.forward_s += time.perf_counter() - start
-
-    def _store_array(self, array: ArraySpec, shard: int, n_rows: int, timing: Timing) -> ObjectRecord:
-        start = time.perf_counter()
-        rows = self._memory[array.name][:n_rows].view(array.numpy_dtype)
-        encoded = encode_shard(array, rows, self._pool.map)
-        timing.encode_s += (middle := time.perf_counter()) - start
-        self.store.write(array.object_key(shard), *encoded.parts)
-        timing.write_s += time.perf_counter() - middle
-        return ObjectRecord(nbytes=encoded.nbytes, crc32c=encoded.crc32c, index_crc32c=encoded.index_crc32c)
+    def _of(self, points: Sequence[str]) -> list[ArraySpec]:
+        return [self._arrays[point] for point in points]
 
     def _committed(self, shard: int) -> ShardRecord | None:
         try:
@@ -153,102 +108,125 @@ class ShardBuilder:
             return None
         return record if record.dataset_id == self.header.spec.dataset_id else None
 
-    def _moments(self, shard: int, n_rows: int, timing: Timing) -> tuple[dict[str, Moments], int]:
-        start, kept = time.perf_counter(), self._kept(n_rows)
-        moments = {point: self._moments_of(point, shard, kept) for point in self.header.spec.point_names}
-        if bad := {point: found.n_nonfinite for point, found in moments.items() if found.n_nonfinite}:
-            if not self.void_nonfinite:
-                point, n_bad = next(iter(bad.items()))
-                raise DataError(
-                    f"shard {shard}, {point}: {n_bad} of {n_rows} rows hold non-finite values, so do "
-                    f"{len(bad) - 1} other hook points; capture.void_nonfinite = true makes them void rows"
-                )
-            self._void(bad, n_rows)
-            kept = self._kept(n_rows)
-            # The number of bad rows at each hook point stays known, though zeros are stored.
-            moments = {
-                point: replace(self._moments_of(point, shard, kept), n_nonfinite=found.n_nonfinite)
-                for point, found in moments.items()
-            }
-        timing.encode_s += time.perf_counter() - start
-        return moments, n_rows - len(kept)
 
-    def _kept(self, n_rows: int) -> npt.NDArray[np.int64]:
-        """Return the places of the rows that are not void."""
-        return np.flatnonzero(self._memory["rows/role"][:n_rows] != ROLE_VOID)
+class _Attempt:
+    """One attempt at one shard."""
 
-    def _moments_of(self, point: str, shard: int, kept: npt.NDArray[np.int64]) -> Moments:
-        first, rows = self.space.rows_of(shard).start, self._memory[point].view(self._arrays[point].numpy_dtype)
-        whole = rows[: len(kept)] if len(kept) and kept[-1] == len(kept) - 1 else rows[kept]
-        return of_shard(whole, self._pool.map, first + kept)
+    def __init__(
+        self,
+        builder: ShardBuilder,
+        shard: int,
+        found: ShardRecord | None,
+        arena: npt.NDArray[np.uint8],
+        on_rows: OnRows,
+    ) -> None:
+        self._builder, self._shard, self._found, self._arena = builder, shard, found, arena
+        self._on_rows, self._started, self._timing = on_rows, _now(), Timing()
+        self._n_landed = self._n_heard = 0
+        self._spec, self._space = builder.header.spec, builder.space
+        with builder.workshop.corpus:
+            self._rows = ShardRows.of(builder.corpus, builder.index, self._spec, self._space, shard)
+        self._batches = batches_of(self._rows, self._spec, builder.corpus)
+        self._columns = {f"rows/{name}": column for name, column in self._rows.columns().items()}
+        self._n_rows = len(self._space.rows_of(shard))
+        self._statistics = Statistics(
+            shard,
+            self._space.rows_of(shard).start,
+            self._columns["rows/role"] == ROLE_VOID,
+            builder._arrays,
+        )
 
-    def _void(self, points: Iterable[str], n_rows: int) -> None:
-        """Make void the rows that are not finite at one of these hook points."""
-        finite = np.ones(n_rows, dtype=np.bool_)
-        for point in points:
-            rows = self._memory[point][:n_rows].view(self._arrays[point].numpy_dtype)
-            finite &= np.isfinite(rows.astype(np.float32)).all(axis=1)
-        for point in self.header.spec.point_names:
-            self._memory[point][:n_rows][~finite] = 0
-        self._memory["rows/role"][:n_rows][~finite] = ROLE_VOID
+    def make(self) -> ShardRecord:
+        """Capture and store all hook points, then the row columns and statistics, then commit."""
+        objects: dict[str, ObjectRecord] = {}
+        waiting, stored = deque(self._builder.passes), list[tuple[str, ...]]()
+        while waiting:
+            points = waiting.popleft()
+            memory = self._capture(points)
+            # First, because it refuses non-finite values: nothing of a bad pass is stored.
+            if self._measure(memory):
+                # What is stored of other passes holds values where rows are void now.
+                waiting.extend(stored)
+                stored.clear()
+            if not objects and self._found is not None:
+                # A shard that has grown takes the keys of its objects: no reader may see them beside the old record.
+                uncommit(self._builder.store, self._shard)
+            objects |= self._store(memory)
+            stored.append(points)
+        self._columns["rows/role"][self._statistics.void] = ROLE_VOID
+        objects |= self._store(self._columns)
+        stats = store_statistics(
+            self._builder.store, self._shard, self._statistics.to_parquet(self._spec.point_names), self._timing
+        )
+        return self._commit(objects, stats)
 
-    def _store_statistics(self, shard: int, moments: Mapping[str, Moments], timing: Timing) -> ObjectRecord:
-        data, start = to_parquet(moments), time.perf_counter()
-        self.store.write(stats_key(shard), data)
-        timing.write_s += time.perf_counter() - start
-        return ObjectRecord(nbytes=len(data), crc32c=crc32c(data))
+    def _capture(self, points: Sequence[str]) -> Memory:
+        """Run all batches as far as the deepest of some hook points; return their rows, each in its place."""
+        builder, shop = self._builder, self._builder.workshop
+        # A row more than there are: whatever runs and is no row of the shard goes there.
+        memory = carve(self._arena, builder._of(points), self._n_rows + 1)
+        laid = ahead(lambda batch: LaidBatch.of(batch, self._rows), self._batches, shop.feeders)
+        forward = builder._forwards[tuple(points)]
+        landing: list[Future[None]] = []
+        try:
+            with shop.model:
+                for batch in laid:
+                    start = time.perf_counter()
+                    # Nothing here keeps the tensors: on a GPU their memory is wanted for the next batch.
+                    sent = shop.lander.send(batch.run(forward, builder.device), batch, memory, start, self._hear)
+                    landing.append(sent)
+                    self._timing.n_tokens += batch.n_run
+                    # Sending has waited for the one before.
+                    for landed in landing[:-1]:
+                        landed.result()
+                    del landing[:-1]
+            # The model is free for the next shard while the last batch lands.
+            for landed in landing:
+                landed.result()
+        finally:
+            wait(landing)
+        return {name: rows_RD[:-1] for name, rows_RD in memory.items()}
 
+    def _hear(self, n_rows: int, forward_s: float) -> None:
+        self._timing.forward_s += forward_s
+        # Each pass is a part of every row, so that the rows of a shard are heard of once.
+        self._n_landed += n_rows
+        n_whole = min(self._n_rows, self._n_landed // len(self._builder.passes))
+        self._on_rows(n_whole - self._n_heard, forward_s)
+        self._n_heard = n_whole
 
-def _allocate(array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
-    # bfloat16 is kept as its bits: numpy moves uint16 faster than an extension type.
-    dtype = np.dtype("<u2") if array.dtype == "bfloat16" else array.numpy_dtype
-    return np.zeros(array.shape(n_rows), dtype=dtype)
+    def _measure(self, memory: Memory) -> bool:
+        start = time.perf_counter()
+        found = self._statistics.measure(memory, self._builder.workshop, void_nonfinite=self._builder.void_nonfinite)
+        self._timing.encode_s += time.perf_counter() - start
+        return found
 
+    def _store(self, memory: Mapping[str, npt.NDArray[Any]]) -> dict[str, ObjectRecord]:
+        builder = self._builder
+        return store_arrays(
+            builder.store, self._shard, builder._of(list(memory)), memory, builder.workshop, self._timing
+        )
 
-def batches_of(rows: ShardRows, spec: DatasetSpec, corpus: Corpus) -> list[Batch]:
-    """Return the batches that the sequences with rows in a shard run in; members are places in ``rows.sequences``."""
-    owners = [number for number, places in enumerate(rows.places) if len(places)]
-    lengths = [len(rows.sequences[number].tokens) for number in owners]
-    batches = plan_batches(lengths, spec.batch_tokens, corpus.spec.context_length, spec.batching)
-    return [replace(batch, rows=tuple(tuple(owners[i] for i in row) for row in batch.rows)) for batch in batches]
-
-
-def run_batch(forward: ForwardPass, batch: Batch, rows: ShardRows, device: str) -> Mapping[str, torch.Tensor]:
-    """Run one batch, padded on the right with id 0; return what ``forward`` does."""
-    tokens_BT = np.zeros((len(batch.rows), batch.n_tokens), dtype=np.int64)
-    positions_BT = np.zeros_like(tokens_BT)
-    for b, start, member in _laid_out(batch, rows):
-        tokens = rows.sequences[member].tokens
-        # What was taken out of a redacted sequence runs as padding does; its rows are void.
-        tokens_BT[b, start : start + len(tokens)] = np.maximum(tokens, 0)
-        # Padding goes on with the last sequence of its row, which it follows and therefore cannot change.
-        positions_BT[b, start:] = np.arange(batch.n_tokens - start)
-    token_ids = torch.from_numpy(tokens_BT).to(device)
-    if not batch.is_packed:
-        # Without positions the model needs no mask, or one for all rows.
-        return forward(token_ids)
-    return forward(token_ids, torch.from_numpy(positions_BT).to(device))
-
-
-def gathered(batch: Batch, rows: ShardRows) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return int64 [N] twice: where in a batch's B x T tokens its rows are, and where in the shard they are stored."""
-    source = [b * batch.n_tokens + start + rows.positions[member] for b, start, member in _laid_out(batch, rows)]
-    return np.concatenate(source), np.concatenate([rows.places[member] for member in batch.members])
-
-
-def _laid_out(batch: Batch, rows: ShardRows) -> Iterator[tuple[int, int, int]]:
-    """Yield the row in the batch, the place of the first token in that row, and the number of each sequence."""
-    for b, row in enumerate(batch.rows):
-        start = 0
-        for member in row:
-            yield b, start, member
-            start += len(rows.sequences[member].tokens)
-
-
-def take(acts_BTD: torch.Tensor, source_N: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Return the rows [N, D] of a batch's activations in host memory; of bfloat16 their bits."""
-    kept_ND = acts_BTD.reshape(-1, acts_BTD.shape[-1])[torch.from_numpy(source_N).to(acts_BTD.device)].cpu()
-    return kept_ND.view(torch.uint16).numpy() if kept_ND.dtype == torch.bfloat16 else kept_ND.numpy()
+    def _commit(self, objects: Mapping[str, ObjectRecord], stats: ObjectRecord) -> ShardRecord:
+        record = ShardRecord(
+            dataset_id=self._spec.dataset_id,
+            shard=self._shard,
+            revision=0 if self._found is None else self._found.revision + 1,
+            first_row=self._space.rows_of(self._shard).start,
+            n_rows=self._n_rows,
+            n_void=int(self._statistics.void.sum()),
+            objects={name: objects[name] for name in self._spec.arrays()},
+            stats=stats,
+            provenance=replace(
+                self._builder.made_by,
+                attempt=uuid.uuid4().hex,
+                started=self._started,
+                finished=_now(),
+                **vars(self._timing),
+            ),
+        )
+        commit(self._builder.store, record)
+        return record
 
 
 def _now() -> str:

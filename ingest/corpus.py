@@ -89,7 +89,26 @@ def build_corpus(
         hear=Hear(documents=progress, sequences=sequences),
         reply=reply,
     )
-    built = corpus_build.build(job, lambda digest: _require_texts(present, job, digest))
+    try:
+        built = corpus_build.build(job, lambda digest: _require_texts(present, job, digest))
+    except NotFoundError:
+        # A build that ended beside this one took away what both kept: now its corpus is there to begin with.
+        now = _present(store, spec, tokenizer)
+        if now is None or (present is not None and now.splits == present.splits):
+            raise
+        return build_corpus(
+            store,
+            spec,
+            tokenizer,
+            storage_options=storage_options,
+            progress=progress,
+            sequences=sequences,
+            on_bad=on_bad,
+            append=append,
+            engine=engine,
+            load=load,
+            reply=reply,
+        )
     # Another build may have ended there since.
     _require_texts(_present(store, spec, tokenizer), job, built.digest)
     segments = (*extent.base, _segment(job, built))

@@ -258,11 +258,11 @@ def _check(job: BuildJob, records: Sequence[PartRecord]) -> None:
     """Raise for sources without documents, and for fields that no record has."""
     fields = Fields.of(job.spec)
     n_documents = _summed([record.documents_by_source for record in records])
-    for source in sorted({file.source for file in job.files}):
-        require_documents(source, n_documents.get(job.spec.sources.index(source), 0), fields)
     for record in records:
         fields.seen.fields.update(record.seen)
         fields.seen.metadata.update(record.found)
+    for source in sorted({file.source for file in job.files}):
+        require_documents(source, n_documents.get(job.spec.sources.index(source), 0), fields)
     if not job.base:
         fields.require_seen()
 

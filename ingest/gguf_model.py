@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from actlake.ingest.extras import needs
 from actlake.ingest.gguf_file import GgufFile
+from actlake.ingest.only_one import only_one
 from actlake.storage.errors import MissingExtraError, ModelAccessError
 
 if TYPE_CHECKING:
@@ -108,15 +109,23 @@ def packaged_sha256() -> str:
 def converted(notify: Callable[[str], None]) -> Path:
     """Return the folder with the packaged model as bf16 safetensors, converting it at first use (about 20 s).
 
-    The folder appears in one rename, so a process killed at any time leaves none that looks whole; of two that race,
-    the first one's folder stays. ``notify`` hears of the conversion and of the terms that come with the weights.
+    The folder appears in one rename, so a process killed at any time leaves none that looks whole. Of the workers of a
+    machine one converts and the others wait. ``notify`` hears of it and of the terms that come with the weights.
     """
     folder = _folder()
     if _is_complete(folder):
         return folder
     notify(_terms_notice())
-    notify(f"converting the packaged weights once to {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    wait = "another process converts the packaged weights; waiting for it"
+    with only_one(cache_root() / "locks", folder.name, lambda: notify(wait)):
+        if not _is_complete(folder):
+            notify(f"converting the packaged weights once to {folder}")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _make(folder)
+    return folder
+
+
+def _make(folder: Path) -> None:
     _sweep(folder.parent)
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     try:
@@ -125,7 +134,6 @@ def converted(notify: Callable[[str], None]) -> Path:
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def converted_already() -> Path | None:

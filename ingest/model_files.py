@@ -1,6 +1,7 @@
 """The files of a model: where they lie, whether they are all there, and the hash of what they hold."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from actlake.ingest.extras import needs
+from actlake.ingest.gemma3 import GEMMA_3
 from actlake.ingest.gguf_model import PACKAGED, cache_root
+from actlake.ingest.only_one import only_one
 from actlake.storage.errors import BadInputError, ModelAccessError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -122,13 +125,19 @@ def _explanation(error: Exception, name: str, shown: str) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"model {shown}: no such revision; the valid ones are on {page}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no model {shown} on the Hub, or it is private: check the name, or {sign_in}"
+        return f"no model {shown} on the Hub, or it is private{_resembling(name)}: check the name, or {sign_in}"
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"model {shown} has no config.json; give a model in the transformers format"
     return (
-        f"model {shown} is not in the local cache and could not be fetched ({type(error).__name__}): check the network "
-        "and HF_HUB_OFFLINE, or fetch it elsewhere and give its folder"
+        f"model {shown} is no folder here, is not in the local cache and could not be fetched "
+        f"({type(error).__name__}){_resembling(name)}: check the network and HF_HUB_OFFLINE, or fetch it elsewhere "
+        "and give its folder"
     )
+
+
+def _resembling(name: str) -> str:
+    close = [] if name in GEMMA_3 else difflib.get_close_matches(name, GEMMA_3, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # --- Fingerprints -------------------------------------------------------------------------------------------------
@@ -164,9 +173,13 @@ def file_sha256(path: Path) -> str:
     memo = cache_root() / "sha256" / key
     if memo.is_file():
         return memo.read_text()
-    with real.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember(memo, found)
+    # The workers of a machine start together, and weights may be 54 GB.
+    with only_one(cache_root() / "locks", key):
+        if memo.is_file():
+            return memo.read_text()
+        with real.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        _remember(memo, found)
     return found
 
 

@@ -58,7 +58,9 @@ def require_documents(source: str, n_documents: int, fields: Fields) -> None:
     """Raise ``SourceError`` for a source that gave no document."""
     if n_documents == 0:
         chosen = "that its filters let through, and that can be used" if fields.filters else "that can be used"
-        raise SourceError(f"source {source!r} holds no documents {chosen}; add some or leave it out")
+        absent = [one.field for one in fields.filters if one.field not in fields.seen.fields]
+        why = f": no record has the field {absent[0]!r}{nearest(absent[0], fields.seen.fields)}" if absent else ""
+        raise SourceError(f"source {source!r} holds no documents {chosen}{why}; add some or leave it out")
 
 
 def describe_sources(sources: Sequence[str], *, storage_options: Options = None) -> list[SourceFile]:

@@ -1,5 +1,6 @@
 """Finds the datasets and corpora below a URL. Needs the reader's packages alone."""
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -39,6 +40,7 @@ _SCHEMA = pa.schema(
         ("note", pa.string()),
     ]
 )
+_PLURALS = {"dataset": "datasets", "corpus": "corpora"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +109,29 @@ def find(store: Store, depth: int = DEPTH) -> Iterator[Entry]:
                 yield from find(store.child(name), depth - 1)
 
 
-def explain(store: Store) -> str | None:
-    """Say what is at a URL that holds no dataset, and where one is; None where nothing more than names is known."""
+def explain(store: Store, wanted: str = "dataset") -> str | None:
+    """Say what is at a URL that holds no such thing, and where one is; None where nothing more than names is known.
+
+    ``wanted`` is ``dataset`` or ``corpus``.
+    """
     if store.exists("corpus.json"):
-        return "it is a corpus; 'actlake ls' shows it"
+        return f"it is a corpus: actlake corpus show {store.url}"
     parent, name = _parent(store), PurePosixPath(store.root).name
     if name and name in parent.names() and name not in parent.folders():
         return "it is a file"
     for above, path in _above(store):
         if above.exists("spec.json"):
             return f"it is {path} of the dataset {above.url}"
-    below = [entry.url for entry in find(store, depth=2) if entry.kind == "dataset"]
-    if below:
-        shown = ", ".join(below[:5]) + (f" and {len(below) - 5} more" if below[5:] else "")
-        return f"below it are datasets: {shown}"
+    entries = list(find(store, depth=2))
+    for kind in sorted(_PLURALS, key=lambda kind: kind != wanted):
+        urls = [entry.url for entry in entries if entry.kind == kind]
+        if urls:
+            shown = ", ".join(urls[:5]) + (f" and {len(urls) - 5} more" if urls[5:] else "")
+            return f"below it are {_PLURALS[kind]}: {shown}"
     if "arrays" in store.names():
         return "it has arrays/ but no spec.json, so its ingestion was never prepared or it was copied in part"
-    return None
+    close = [] if store.names() else difflib.get_close_matches(name, parent.folders(), n=1)
+    return f"nothing is there; did you mean {parent.child(close[0]).url}?" if close else None
 
 
 def _parent(store: Store) -> Store:

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from actlake.jobs.engines.ray_engine import cluster
+from actlake.jobs.engines.ray_cluster import cluster
 from actlake.jobs.work import available_cpus
 from actlake.storage.errors import ActlakeError
 

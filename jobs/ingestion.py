@@ -4,12 +4,10 @@ Run again after any interruption: what is committed stays, what is missing is bu
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pyarrow.compute as pc
 
 from actlake.ingest.extras import needs
 from actlake.ingest.models import (
@@ -19,6 +17,7 @@ from actlake.ingest.models import (
     model_shape,
     resolve_model,
 )
+from actlake.jobs.compaction import Compactor
 from actlake.jobs.corpus import (
     CorpusListener,
     corpus_engine,
@@ -29,14 +28,16 @@ from actlake.jobs.corpus import (
 )
 from actlake.jobs.engines import local
 from actlake.jobs.engines.events import Event, ShardAbandoned
+from actlake.jobs.failures import Failures
 from actlake.jobs.jobfile import Job
+from actlake.jobs.missing import MissingShards
 from actlake.jobs.plan.budget import check
 from actlake.jobs.plan.gather import plan_corpus
 from actlake.jobs.plan.machine import HERE
 from actlake.jobs.plan.summary import paragraph
-from actlake.jobs.planning import heldout_rows, plan_batching, plan_keep, plan_spec, special_ids
+from actlake.jobs.planning import heldout_rows, plan_batching, plan_keep, plan_spec, require_context, special_ids
+from actlake.jobs.slices import Slice
 from actlake.jobs.work import (
-    Task,
     WorkOrder,
     available_cpus,
     device_of,
@@ -48,7 +49,6 @@ from actlake.storage.corpus import Corpus
 from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, ShardFailedError, SpecMismatchError
 from actlake.storage.finish import finish
 from actlake.storage.header import Header, prepare
-from actlake.storage.manifest import Manifest
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import SPLITS, DatasetSpec
 from actlake.storage.stores import Store, relative_url, resolve_url
@@ -65,7 +65,9 @@ class Plan:
     """What one run has to do: all shards of both splits, and those still missing."""
 
     headers: dict[str, Header]
-    missing: tuple[Task, ...]
+    missing: MissingShards
+    #: The part of the missing shards that this run builds; None: all of them.
+    part: Slice | None = None
 
     @property
     def n_rows(self) -> int:
@@ -77,7 +79,7 @@ class Plan:
 
     @property
     def n_missing_rows(self) -> int:
-        return sum(task.n_rows for task in self.missing)
+        return self.missing.n_rows
 
 
 class Listener(CorpusListener):
@@ -91,6 +93,16 @@ class Listener(CorpusListener):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A dataset whose shards may be built, and what they are built from."""
+
+    store: Store
+    corpus: Corpus
+    model: ModelRef
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
 class IngestReport:
     """What a run did."""
 
@@ -101,29 +113,83 @@ class IngestReport:
     nbytes: int
     raw_nbytes: int
     seconds: float
+    #: Of all shards, whoever built them.
+    n_committed: int
 
 
 def ingest(
-    job: Job, *, engine: str = "ray", address: str | None = None, listener: Listener | None = None
+    job: Job,
+    *,
+    engine: str = "ray",
+    address: str | None = None,
+    listener: Listener | None = None,
+    part: Slice | None = None,
 ) -> IngestReport:
     """Bring a dataset to what its job asks for; resumes what an earlier run left.
+
+    With ``part`` only that slice of its shards is built, on the local engine: any number of processes may build slices
+    of one dataset at any time, and whoever finds it whole writes its summaries.
 
     Raises ``BadInputError`` and its kin before anything is written where the job cannot be done, and
     ``ShardFailedError``, after finishing all other shards, where some could not be built.
     """
     with ExitStack() as stack:
-        _check_engine(job, engine, address, stack)
-        return _ingest(job, engine, address, listener or Listener())
+        _check_slice(part, engine)
+        check_engine(engine, address, stack)
+        if address is None:
+            check_device(job)
+        return _ingest(job, engine, address, _metered(job, engine, listener or Listener(), stack), part)
 
 
-def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> IngestReport:
+def _metered(job: Job, engine: str, hear: Listener, stack: ExitStack) -> Listener:
+    """Return a listener that also sets Ray's metrics, for a run on Ray."""
+    if engine != "ray":
+        return hear
+    from actlake.jobs.metrics import Metered
+
+    return stack.enter_context(closing(Metered(hear, job)))
+
+
+def _check_slice(part: Slice | None, engine: str) -> None:
+    """Raise ``BadInputError`` for a slice on an engine whose driver hands out all shards."""
+    if part is not None and engine != "local":
+        raise BadInputError(
+            f"--slice {part} is for processes without a driver, and the engine {engine!r} has one: add --engine local, "
+            "or leave --slice out and give 'ray' more workers"
+        )
+
+
+def _ingest(job: Job, engine: str, address: str | None, hear: Listener, part: Slice | None) -> IngestReport:
     started = time.perf_counter()
+    ready = make_ready(job, engine, address, hear, part=part)
+    hear.planned(ready.plan)
+    order = _work_order(job, ready.store, ready.corpus, ready.model, ready.plan)
+    failed = _build_missing(job, ready, order, engine, address, hear)
+    report = _finish(ready.store, ready.plan, failed, time.perf_counter() - started)
+    if failed:
+        raise ShardFailedError(failed.text(ready.plan.headers, ready.plan.n_shards, ready.corpus))
+    return report
+
+
+def make_ready(
+    job: Job,
+    engine: str,
+    address: str | None,
+    hear: Listener,
+    *,
+    part: Slice | None = None,
+    here: bool = True,
+) -> Ready:
+    """Do what comes before the first shard: weights, corpus, row indexes, specs and array metadata.
+
+    ``here`` says that the workers run on this machine, unless an ``address`` says that they do not.
+    """
     store = Store(job.dataset, job.storage_options)
     store.require_writable()
     if store.protocol in _BUCKETS and "/" not in store.root.strip("/"):
         raise JobFileError(f"dataset = {job.dataset!r} is a whole bucket; name a folder in it, e.g. '{store.url}/demo'")
     shape = model_shape(job.model, revision=job.revision)
-    _check_context(job, shape)
+    require_context(job, shape)
     _check_destination(store, job, shape)
     model = resolve_model(job.model, revision=job.revision, notify=hear.note)
     tokenizer = load_tokenizer(model)
@@ -131,35 +197,39 @@ def _ingest(job: Job, engine: str, address: str | None, hear: Listener) -> Inges
     corpus = open_corpus(job, model, tokenizer, hear, engine=engine, address=address)
     _count_rows(corpus, keep, engine, address)
     specs = _specs(job, store, model, shape, corpus, keep)
-    _check_estimate(job, specs["train"], shape, corpus, address, hear)
+    _check_estimate(job, specs["train"], shape, corpus, hear, here=here and address is None, told=here and part is None)
     plan = _prepare(job, store, corpus, specs, hear)
-    hear.planned(plan)
-    failed = _build_missing(job, plan, _work_order(job, store, corpus, model, plan), engine, address, hear)
-    report = _finish(store, plan, failed, time.perf_counter() - started)
-    if failed:
-        raise ShardFailedError(_failures(failed, plan))
-    return report
+    if part is not None:
+        plan = replace(plan, missing=plan.missing.slice(part.number, part.count), part=part)
+    return Ready(store=store, corpus=corpus, model=model, plan=plan)
 
 
-def _check_engine(job: Job, engine: str, address: str | None, stack: ExitStack) -> None:
+def check_engine(engine: str, address: str | None, stack: ExitStack) -> None:
     """Find out what is not installed, not there or not reachable before anything is written."""
     require_engine(engine)
     if engine == "ray":
-        from actlake.jobs.engines import ray_engine
+        from actlake.jobs.engines import ray_cluster
 
         # On this machine Ray starts later, once there is something to build.
-        stack.enter_context(nullcontext() if address is None else ray_engine.cluster(address, n_cpus=0))
+        stack.enter_context(nullcontext() if address is None else ray_cluster.cluster(address, n_cpus=0))
     with needs("ingest", "building a dataset"):
-        import torch
-    if address is None and device_of(job).startswith("cuda") and not torch.cuda.is_available():
+        import torch  # noqa: F401 - asked for before the work starts
+
+
+def check_device(job: Job) -> None:
+    """Raise ``JobFileError`` where this machine lacks the device that the job wants."""
+    import torch
+
+    device, n_gpus = device_of(job), torch.cuda.device_count()
+    if not device.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
         raise JobFileError(f"run.device = {job.run.device!r}, but torch finds no GPU here; use 'auto' or 'cpu'")
-
-
-def _check_context(job: Job, shape: ModelShape) -> None:
-    if job.corpus.context_length > shape.context_length:
+    wanted = max(int(device.partition(":")[2] or 0) + 1, job.run.gpus_per_worker)
+    if wanted > n_gpus:
         raise JobFileError(
-            f"corpus.context_length = {job.corpus.context_length} is longer than {job.model}'s {shape.context_length}; "
-            f"use {shape.context_length} or less"
+            f"run.device = {job.run.device!r} with run.gpus_per_worker = {job.run.gpus_per_worker} wants {wanted} "
+            f"GPUs, torch finds {n_gpus} here; ask for more, or lower it"
         )
 
 
@@ -217,15 +287,15 @@ def _specs(
 
 
 def _check_estimate(
-    job: Job, spec: DatasetSpec, shape: ModelShape, corpus: Corpus, address: str | None, hear: Listener
+    job: Job, spec: DatasetSpec, shape: ModelShape, corpus: Corpus, hear: Listener, *, here: bool, told: bool
 ) -> None:
-    """Say what the run takes; raise ``JobFileError`` where that does not fit the budget or this machine's memory."""
+    """Say what the run takes, if it is to be told; raise ``JobFileError`` where that does not fit budget or memory."""
     if corpus.row_index("train", spec.keep).n_rows == 0:
         return  # ``_prepare`` says why.
     found = plan_corpus(job, spec, shape, corpus)
     # Workers elsewhere are known by ``[plan]`` alone.
-    check(found, memory=address is None or job.plan.machine != HERE)
-    if found.setting.n_rows_left != 0:
+    check(found, memory=here or job.plan.machine != HERE)
+    if told and found.setting.n_rows_left != 0:
         hear.note(paragraph(found))
 
 
@@ -251,8 +321,7 @@ def _prepare(job: Job, store: Store, corpus: Corpus, specs: dict[str, DatasetSpe
             segments=corpus.chain if len(corpus.chain) > 1 else (),
         )
         headers[split] = prepare(place, header)
-    missing = tuple(task for split, header in headers.items() for task in _missing(store, split, header))
-    return Plan(headers=headers, missing=missing)
+    return Plan(headers=headers, missing=MissingShards.find(store, headers))
 
 
 def _nothing_kept(corpus: Corpus, keep: KeepRule) -> str:
@@ -262,16 +331,6 @@ def _nothing_kept(corpus: Corpus, keep: KeepRule) -> str:
         f"the keep rule keeps no token of the corpus: {wanted}its tokens are {counts}; check capture.keep, exclude and "
         "skip_first"
     )
-
-
-def _missing(store: Store, split: str, header: Header) -> Iterator[Task]:
-    table = Manifest.load(split_store(store, split), header.n_rows).table
-    own = table.filter(pc.field("dataset_id") == header.spec.dataset_id)
-    committed = dict(zip(own["shard"].to_pylist(), own["n_rows"].to_pylist(), strict=True))
-    space = header.spec.row_space(header.n_rows)
-    for shard in range(space.n_shards):
-        if committed.get(shard, 0) < (n_rows := len(space.rows_of(shard))):
-            yield Task(split=split, shard=shard, n_rows=n_rows)
 
 
 def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: Plan) -> WorkOrder:
@@ -287,6 +346,7 @@ def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: P
         device=device_of(job),
         n_threads=job.run.threads or max(1, available_cpus() // workers),
         void_nonfinite=job.capture.void_nonfinite,
+        shard_memory=job.layout.shard_memory,
         n_gpus=job.run.gpus_per_worker,
         model_options=model_options(job),
         storage_options=job.storage_options,
@@ -294,31 +354,43 @@ def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: P
 
 
 def _build_missing(
-    job: Job, plan: Plan, order: WorkOrder, engine: str, address: str | None, hear: Listener
-) -> list[ShardAbandoned]:
-    if not plan.missing:
-        return []
+    job: Job, ready: Ready, order: WorkOrder, engine: str, address: str | None, hear: Listener
+) -> Failures:
+    failed, missing = Failures(), ready.plan.missing
+    if not missing:
+        return failed
+    most = min(n_workers(job), len(missing))
+    events: Generator[Event, None, None]
     if engine == "local":
-        events = local.run(order, plan.missing, attempts=job.run.attempts)
+        if job.run.threads is None:
+            # Never from how much is missing: the number of threads decides the last bits.
+            n_here = local.n_workers_here(order, n_workers(job))
+            order = replace(order, n_threads=max(1, available_cpus() // n_here))
+        events = local.run(order, missing, attempts=job.run.attempts, workers=most)
     else:
-        from actlake.jobs.engines import ray_engine
+        from actlake.jobs.engines import ray_cluster, ray_engine, ray_pool
 
-        workers = min(n_workers(job), len(plan.missing))
-        events = ray_engine.run(order, plan.missing, attempts=job.run.attempts, workers=workers, address=address)
-    failed = []
-    for event in events:
-        hear.event(event)
-        if isinstance(event, ShardAbandoned):
-            failed.append(event)
+        if job.run.threads is None and address is not None:
+            order = replace(order, n_threads=ray_cluster.threads_each(order))
+        options = ray_pool.PoolOptions.of(job.run, most)
+        events = ray_engine.run(order, missing, options=options, address=address, note=hear.note)
+    # Closed at once where something is raised here: workers must not outlive the run.
+    with closing(events), Compactor(ready.store, ready.plan.headers, missing, hear.note) as compactor:
+        for event in events:
+            compactor.event(event)
+            hear.event(event)
+            if isinstance(event, ShardAbandoned):
+                failed.add(event)
     return failed
 
 
-def _finish(store: Store, plan: Plan, failed: list[ShardAbandoned], seconds: float) -> IngestReport:
-    nbytes = raw = 0
+def _finish(store: Store, plan: Plan, failed: Failures, seconds: float) -> IngestReport:
+    nbytes = raw = n_committed = 0
     for split, header in plan.headers.items():
         place = split_store(store, split)
         manifest = finish(place, header)
         nbytes += manifest.nbytes
+        n_committed += len(manifest)
         raw += manifest.n_rows * header.spec.nbytes_per_row
     return IngestReport(
         dataset=store.url,
@@ -328,16 +400,5 @@ def _finish(store: Store, plan: Plan, failed: list[ShardAbandoned], seconds: flo
         nbytes=nbytes,
         raw_nbytes=raw,
         seconds=seconds,
+        n_committed=n_committed,
     )
-
-
-def _failures(failed: list[ShardAbandoned], plan: Plan) -> str:
-    lines = [f"{len(failed)} of {plan.n_shards} shards could not be built; the others are committed."]
-    for item in failed[:20]:
-        space = plan.headers[item.task.split].spec.row_space(plan.headers[item.task.split].n_rows)
-        rows = space.rows_of(item.task.shard)
-        lines.append(
-            f"  {item.task}, rows {rows.start:,}..{rows.stop - 1:,}: {type(item.error).__name__}: {item.error}"
-        )
-    lines.append("fix the cause and run 'actlake ingest' again: it builds just what is missing")
-    return "\n".join(lines)

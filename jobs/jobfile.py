@@ -13,7 +13,7 @@ from actlake.ingest.filters import Filter
 from actlake.ingest.loading import ATTENTION, DEVICE_MAPS
 from actlake.jobs.plan.options import BudgetOptions, PlanOptions
 from actlake.storage.codecs import CODECS
-from actlake.storage.corpus_spec import check_metadata, check_mixture
+from actlake.storage.corpus_spec import SPLIT_BY, check_metadata, check_mixture
 from actlake.storage.errors import BadInputError, JobFileError, nearest
 from actlake.storage.reply_rule import ReplyRule
 from actlake.storage.rowspace import ROLE_CHOICES, KeepRule
@@ -106,6 +106,7 @@ class CorpusOptions:
     context_length: int = 1024
     stride: int | None = None
     holdout: float = 0.005
+    split_by: str | None = None
     max_tokens: int | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     quotas: Mapping[str, int] = field(default_factory=dict)
@@ -123,6 +124,8 @@ class CorpusOptions:
         _one_of("corpus.chat_template", self.chat_template, CHAT_TEMPLATES)
         check_reasoning(self.reasoning)
         _one_of("corpus.on_bad", self.on_bad, ON_BAD)
+        if self.split_by is not None:
+            _one_of("corpus.split_by", self.split_by, SPLIT_BY)
         for name in ("stride", "max_document_tokens"):
             if (value := getattr(self, name)) is not None:
                 _at_least(f"corpus.{name}", value, 1)
@@ -154,10 +157,36 @@ class LayoutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """``[run]``: what the job may use; of what is stored, nothing here changes more than the last bits."""
+class WorkerRange:
+    """``workers = {min = 1, max = 16}``: the run begins with ``min`` workers, others join it as they come."""
 
-    workers: int | None = None
+    max: int
+    min: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("run.workers.min", self.min, 1)
+        if self.max < self.min:
+            raise JobFileError(f"run.workers = {{min = {self.min}, max = {self.max}}}: max must be at least min")
+
+
+#: Resources of Ray that have keys of their own in ``[run]``.
+_OWN_RESOURCES = {"CPU": "run.threads", "GPU": "run.gpus_per_worker"}
+
+PLACEMENTS = ("pack", "spread")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """``[run]``: what the job may use; of what is stored, nothing here changes more than the last bits.
+
+    ``resources``, ``placement`` and ``start_timeout`` are Ray's alone: custom resources that a worker wants, whether
+    workers fill one node after another or are spread, and the seconds that a run waits while it has too few workers.
+    """
+
+    workers: int | WorkerRange | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    placement: str = "pack"
+    start_timeout: float = 600.0
     threads: int | None = None
     device: str = "auto"
     attempts: int = 2
@@ -168,12 +197,32 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "attempts", "gpus_per_worker"):
-            if (value := getattr(self, name)) is not None:
-                _at_least(f"run.{name}", value, 1)
+            if isinstance(count := getattr(self, name), int):
+                _at_least(f"run.{name}", count, 1)
+        for name, amount in self.resources.items():
+            if key := _OWN_RESOURCES.get(name):
+                raise JobFileError(f"run.resources.{name}: say it with {key}; resources are custom ones of Ray")
+            # A table may hold anything.
+            value: object = amount
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise JobFileError(f"run.resources.{name} = {value!r} must be a number above 0, e.g. 1.0")
+        _one_of("run.placement", self.placement, PLACEMENTS)
+        if not self.start_timeout > 0:
+            raise JobFileError(f"run.start_timeout = {self.start_timeout} must be above 0; it is in seconds")
         if self.attn_implementation is not None:
             _one_of("run.attn_implementation", self.attn_implementation, tuple(ATTENTION))
         if isinstance(self.device_map, str):
             _one_of("run.device_map", self.device_map, DEVICE_MAPS)
+
+    @property
+    def most_workers(self) -> int | None:
+        """How many workers the run may have; None: one for each GPU, else one."""
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def least_workers(self) -> int:
+        """How many workers must be ready for the run to begin."""
+        return self.workers.min if isinstance(self.workers, WorkerRange) else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +302,7 @@ _EXAMPLES = {
     "model": 'add e.g. model = "gemma-3-270m-gguf"',
     "corpus": 'add a [corpus] table with e.g. sources = ["builtin:python-docs"]',
     "corpus.sources": 'add e.g. sources = ["builtin:python-docs"]',
+    "run.workers.max": "give e.g. workers = {min = 1, max = 16}, or one number",
 }
 
 

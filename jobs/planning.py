@@ -1,7 +1,7 @@
 """From a checked job to the specs of its datasets: defaults of the layout, ids of excluded tokens, sizes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ def plan_points(job: Job, shape: ModelShape) -> tuple[PointSpec, ...]:
     widths = shape.widths()
     names = expand_points(job.hook_points, job.preset, shape)
     itemsize = _ITEMSIZE[job.capture.dtype]
-    rows_per_shard = plan_rows_per_shard(job.layout, sum(widths[name] for name in names) * itemsize)
+    rows_per_shard = plan_rows_per_shard(job.layout, [widths[name] * itemsize for name in names])
     return tuple(
         PointSpec(
             name=name,
@@ -38,26 +38,37 @@ def plan_points(job: Job, shape: ModelShape) -> tuple[PointSpec, ...]:
     )
 
 
+def require_context(job: Job, shape: ModelShape) -> None:
+    """Raise ``JobFileError`` where the corpus's sequences may be longer than the model can read."""
+    if job.corpus.context_length > shape.context_length:
+        raise JobFileError(
+            f"corpus.context_length = {job.corpus.context_length} is longer than {job.model}'s {shape.context_length}; "
+            f"use {shape.context_length} or less"
+        )
+
+
 def default_chunk(nbytes_per_row: int) -> int:
     """Return the power of two of rows whose bytes are nearest 2 MiB."""
     return int(2 ** max(0, round(math.log2(_CHUNK_NBYTES / nbytes_per_row))))
 
 
-def plan_rows_per_shard(layout: LayoutOptions, nbytes_per_row: int) -> int:
-    """Return the rows of a shard: the largest power of two <= 262,144 that fits ``shard_memory``.
+def plan_rows_per_shard(layout: LayoutOptions, point_nbytes: Sequence[int]) -> int:
+    """Return the rows of a shard: as given, else the largest power of two <= 262,144 that fits ``shard_memory``.
 
-    Raises ``JobFileError`` with the numbers where a given size does not fit.
+    ``point_nbytes`` are the bytes of a row at each hook point. More rows than fit are captured in passes. Raises
+    ``JobFileError`` with the numbers where not even one hook point of a given size fits.
     """
-    row = nbytes_per_row + _ROW_COLUMN_NBYTES
-    fitting = layout.shard_memory // row
     if layout.rows_per_shard is not None:
-        if layout.rows_per_shard > fitting:
+        widest = max(point_nbytes) + _ROW_COLUMN_NBYTES
+        if layout.rows_per_shard > (fitting := layout.shard_memory // widest):
             raise JobFileError(
-                f"layout.rows_per_shard = {layout.rows_per_shard:,} rows of {row:,} bytes want "
-                f"{layout.rows_per_shard * row:,} bytes, shard_memory is {layout.shard_memory:,}; "
-                f"use rows_per_shard = {_power_below(fitting):,} or fewer hook points, or raise layout.shard_memory"
+                f"layout.rows_per_shard = {layout.rows_per_shard:,} rows of the widest hook point, {widest:,} bytes "
+                f"each with the row columns, want {layout.rows_per_shard * widest:,} bytes, shard_memory is "
+                f"{layout.shard_memory:,}; use rows_per_shard = {_power_below(fitting):,}, or raise layout.shard_memory"
             )
         return layout.rows_per_shard
+    row = sum(point_nbytes) + _ROW_COLUMN_NBYTES
+    fitting = layout.shard_memory // row
     if fitting < 1:
         raise JobFileError(f"layout.shard_memory = {layout.shard_memory:,} bytes holds no row of {row:,} bytes")
     return min(_MOST_ROWS_PER_SHARD, _power_below(fitting))
@@ -69,7 +80,7 @@ def plan_spec(
     """Return the spec of one split of the job's dataset; ``batching = "auto"`` is left to ``plan_batching``."""
     points = plan_points(job, shape)
     itemsize = _ITEMSIZE[job.capture.dtype]
-    rows_per_shard = plan_rows_per_shard(job.layout, sum(point.width for point in points) * itemsize)
+    rows_per_shard = plan_rows_per_shard(job.layout, [point.width * itemsize for point in points])
     return DatasetSpec(
         model=model.name,
         model_revision=model.revision,

@@ -80,10 +80,12 @@ def reply_on_ray(
 
     A batch whose worker dies is made again by another, up to ``attempts`` times in all. Errors are raised as they were.
     """
-    from actlake.jobs.engines import ray_engine
+    from actlake.jobs.engines import ray_cluster, ray_engine
 
     if order.device.startswith("cuda"):
         # Ray shows each actor its own GPUs alone, from the first.
         order = replace(order, device="cuda")
-    with ray_engine.cluster(address, n_cpus=workers * order.n_threads):
-        yield from ray_engine.calls(ReplyWorker, order, "reply", batches, attempts=attempts, workers=workers)
+    with ray_cluster.cluster(address, n_cpus=workers * order.n_threads):
+        yield from ray_engine.calls(
+            ReplyWorker, order, "reply", batches, attempts=attempts, workers=workers, grows=address is not None
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from actlake.ingest.build import batches_of, gathered, run_batch, take
+from actlake.ingest.batch_feed import batches_of, gathered, run_batch, take
 from actlake.ingest.capture import Capture
 from actlake.ingest.loading import load_model
 from actlake.ingest.models import resolve_model

@@ -52,16 +52,19 @@ context_length = {context}
 [layout]
 # rows_per_shard = 131_072           # default: the largest power of two <= 262,144 that fits shard_memory
 # rows_per_chunk = 1_024             # default: per hook point the power of two nearest 2 MiB
-# shard_memory = "16GiB"             # host memory for the shard in the making
+# shard_memory = "16GiB"             # host memory of one shard; a worker has two in the making
 # order = "shuffled"                 # or "sequence": rows stay in corpus order
 # codec = "blosc"                    # lossless; or "none"
 
 [run]
-# workers = 1                        # default: one for each GPU, else one
+# workers = 1                        # default: one for each GPU, else one; on a cluster also {{ min = 1, max = 16 }}
 # threads = 2                        # of each worker; default: all CPUs shared out
 # device = "auto"                    # or "cpu", "cuda"
 # attempts = 2                       # for a shard, before the run goes on without it and ends with exit code 1
 # gpus_per_worker = 1                # more of them share the layers of a model that one cannot hold
+# resources = {{ spot = 1.0 }}         # custom resources of Ray that a worker wants
+# placement = "pack"                 # or "spread": over the nodes of the cluster
+# start_timeout = 600                # seconds to wait while the cluster has too few workers
 # device_map = "auto"                # how they share them; or a table of modules and devices
 # attn_implementation = "sdpa"       # or "eager", "flash_attention_2", ...: the last bits differ, and are recorded
 # compile = false                    # true: torch.compile between the hook points

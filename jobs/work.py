@@ -5,7 +5,8 @@ The engines (this process, or Ray) only decide where and when; see ``actlake.job
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,14 @@ from actlake.storage.records import Provenance, ShardRecord
 from actlake.storage.stores import Store
 
 if TYPE_CHECKING:
+    from actlake.ingest.build import ShardBuilder
+    from actlake.ingest.capture import Capture
     from actlake.ingest.loading import LoadedModel
     from actlake.ingest.models import ModelRef
     from actlake.jobs.jobfile import Job
+
+#: Shards that a worker has in the making at most: one runs through the model while the one before it is stored.
+SHARDS_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +42,13 @@ class ModelOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOrder(ModelOrder):
-    """All that a worker needs to build shards."""
+    """All that a worker needs to build shards; ``shard_memory`` are the bytes of one at most, None: all it wants."""
 
     dataset: str
     corpus: str
     points: tuple[str, ...]
     void_nonfinite: bool = False
+    shard_memory: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,38 +86,63 @@ def open_model(order: ModelOrder, *, head: bool = False) -> "tuple[ModelRef, Loa
 
 
 class Worker:
-    """Builds shards; the model is loaded once."""
+    """Builds shards; the model is loaded once.
+
+    Thread-safe. ``n_concurrent`` is how many shards it has in the making at most: while the batches of one run through
+    the model, the one before it is encoded and stored.
+    """
+
+    n_concurrent = SHARDS_IN_FLIGHT
 
     def __init__(self, order: WorkOrder) -> None:
-        from actlake.ingest.build import ShardBuilder
-        from actlake.ingest.capture import Capture
+        from actlake.ingest.workshop import Workshop
         from actlake.storage.corpus import Corpus
 
-        _, model = open_model(order)
-        self._forward = Capture(model, order.points)
+        _, self._model = open_model(order)
+        self._order = order
+        self._made_by = Provenance(host=socket.gethostname(), device=order.device, software=self._model.describe())
         self._corpus = Corpus.open(Store(order.corpus, order.storage_options))
-        self._dataset = Store(order.dataset, order.storage_options)
-        self._device, self._n_threads, self._void_nonfinite = order.device, order.n_threads, order.void_nonfinite
-        self._made_by = Provenance(host=socket.gethostname(), device=order.device, software=model.describe())
-        self._builder_type = ShardBuilder
+        self._workshop = Workshop(order.n_threads, n_shards=self.n_concurrent)
+        self._forward = self._capture(order.points)
         self._builders: dict[str, ShardBuilder] = {}
+        self._lock = threading.Lock()
 
-    def build(self, task: Task, on_rows: Callable[[int], None] = lambda n_rows: None) -> ShardRecord:
-        """Build and commit one shard."""
-        if task.split not in self._builders:
-            # One at a time: a builder holds the memory of a whole shard.
-            self._builders = {
-                task.split: self._builder_type(
-                    store=split_store(self._dataset, task.split),
-                    corpus=self._corpus,
-                    forward=self._forward,
-                    device=self._device,
-                    made_by=self._made_by,
-                    n_threads=self._n_threads,
-                    void_nonfinite=self._void_nonfinite,
-                )
-            }
-        return self._builders[task.split].build(task.shard, on_rows)
+    def build(self, task: Task, on_rows: Callable[[int, float], None] = lambda n_rows, forward_s: None) -> ShardRecord:
+        """Build and commit one shard; ``on_rows`` hears of each batch: its rows, and the seconds of its forward pass.
+
+        Up to ``n_concurrent`` threads may call this at once; any other waits for one of them.
+        """
+        import torch
+
+        # OpenMP counts threads for each of ours anew, and their number decides the last bits.
+        torch.set_num_threads(self._order.n_threads)
+        with self._lock:
+            if task.split not in self._builders:
+                self._builders[task.split] = self._builder(task.split)
+            builder = self._builders[task.split]
+        return builder.build(task.shard, on_rows)
+
+    def _builder(self, split: str) -> "ShardBuilder":
+        from actlake.ingest.build import ShardBuilder
+
+        order = self._order
+        return ShardBuilder(
+            store=split_store(Store(order.dataset, order.storage_options), split),
+            corpus=self._corpus,
+            forward=self._forward,
+            device=order.device,
+            made_by=self._made_by,
+            n_threads=order.n_threads,
+            void_nonfinite=order.void_nonfinite,
+            shard_memory=order.shard_memory,
+            narrow=self._capture,
+            workshop=self._workshop,
+        )
+
+    def _capture(self, points: Sequence[str]) -> "Capture":
+        from actlake.ingest.capture import Capture
+
+        return Capture(self._model, points)
 
 
 def available_cpus() -> int:
@@ -129,8 +161,8 @@ def device_of(job: "Job") -> str:
 
 def n_workers(job: "Job") -> int:
     """Return how many workers the job asks for, by default one for each GPU, or one."""
-    if job.run.workers is not None:
-        return job.run.workers
+    if job.run.most_workers is not None:
+        return job.run.most_workers
     if not device_of(job).startswith("cuda"):
         # One worker with all threads: more of them would only multiply the model and the shard memory.
         return 1

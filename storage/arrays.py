@@ -102,7 +102,11 @@ class ArraySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardObject:
-    """The encoded bytes of one array's shard, in parts, with their checksums."""
+    """The encoded bytes of one array's shard, with their checksums.
+
+    ``parts`` are by turns a chunk and its checksum, which are not put together, for that would copy the chunk; then the
+    index.
+    """
 
     parts: tuple[bytes, ...]
     nbytes: int
@@ -116,12 +120,13 @@ def encode_shard(array: ArraySpec, rows: npt.NDArray[Any], mapper: Mapper = map)
     The last chunk is padded with zeros to ``rows_per_chunk``. ``mapper`` may spread the chunks over threads.
     """
     starts = range(0, len(rows), array.rows_per_chunk)
-    parts = list(mapper(lambda start: _encode_chunk(array, rows[start : start + array.rows_per_chunk]), starts))
+    chunks = list(mapper(lambda start: _encode_chunk(array, rows[start : start + array.rows_per_chunk]), starts))
     index = np.full((array.chunks_per_shard, 2), _ABSENT, dtype="<u8")
-    lengths = np.array([len(part) for part in parts], dtype="<u8")
-    index[: len(parts), 0] = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    index[: len(parts), 1] = lengths
+    lengths = np.array([len(data) + len(checksum) for data, checksum in chunks], dtype="<u8")
+    index[: len(chunks), 0] = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    index[: len(chunks), 1] = lengths
     index_crc = crc32c(index.tobytes())
+    parts = [part for chunk in chunks for part in chunk]
     parts.append(index.tobytes() + index_crc.to_bytes(CRC_NBYTES, "little"))
     whole = 0
     for part in parts:
@@ -129,7 +134,7 @@ def encode_shard(array: ArraySpec, rows: npt.NDArray[Any], mapper: Mapper = map)
     return ShardObject(parts=tuple(parts), nbytes=sum(map(len, parts)), crc32c=whole, index_crc32c=index_crc)
 
 
-def _encode_chunk(array: ArraySpec, rows: npt.NDArray[Any]) -> bytes:
+def _encode_chunk(array: ArraySpec, rows: npt.NDArray[Any]) -> tuple[bytes, bytes]:
     chunk = np.ascontiguousarray(rows, dtype=array.numpy_dtype)
     if len(chunk) < array.rows_per_chunk:
         padded = np.zeros(array.shape(array.rows_per_chunk), dtype=array.numpy_dtype)
@@ -137,7 +142,7 @@ def _encode_chunk(array: ArraySpec, rows: npt.NDArray[Any]) -> bytes:
         chunk = padded
     # Blosc takes its typesize from the buffer, and no buffer is of type bfloat16.
     data = array.codec.encode(chunk.view("<u2") if array.dtype == "bfloat16" else chunk)
-    return data + crc32c(data).to_bytes(CRC_NBYTES, "little")
+    return data, crc32c(data).to_bytes(CRC_NBYTES, "little")
 
 
 @dataclass(frozen=True, kw_only=True)

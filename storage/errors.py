@@ -101,6 +101,10 @@ class StoreError(ActlakeError, OSError):
         return StoreError, (self.args[1],)
 
 
+class WorkerLostError(ActlakeError):
+    """A worker's process or its node ended while it built a shard."""
+
+
 class ShardFailedError(ActlakeError):
     """One or more shards could not be built; the others were finished."""
 

@@ -1,16 +1,14 @@
-"""Where the columns of a manifest lie: in memory, in a group of 1,024 commits, or in the index of 64 groups.
+"""The files of a manifest: records as columns, groups of 1,024 commits, and the index of 64 groups.
 
 A group has all of its commits, with the checksums of the objects: 2 GB in 1,318 files for 1.35M shards of 136 objects.
 The index of a finished dataset has the other columns again, and the sizes of each array's objects as a column of their
-own: 21 files, of which opening reads four columns. Everything is read by column, at need, and nothing stays open.
+own: 21 files, of which opening reads four columns.
 """
 
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +18,16 @@ import pyarrow.parquet as pq
 from actlake.storage.corpus_files import ObjectReader
 from actlake.storage.errors import CorruptObjectError, NotFoundError
 from actlake.storage.parquet_bounds import check_footer, require_whole
-from actlake.storage.records import GROUP_SHARDS, ObjectRecord, Provenance, ShardRecord, read_record
+from actlake.storage.parquet_seal import read_footer, write_sealed
+from actlake.storage.records import GROUP_SHARDS, ObjectRecord, Provenance, ShardRecord
 from actlake.storage.stored_json import parse_object
 from actlake.storage.stores import Store
 
 #: Objects of one shard: as many as a spec has room for hook points.
 _MAX_OBJECTS = 2**17
+
+_OF_RECORD = ("shard", "revision", "first_row", "n_rows", "n_void", "nbytes", "dataset_id")
+_OF_PROVENANCE = ("attempt", "host", "device", "started", "finished", "n_tokens", "forward_s", "encode_s", "write_s")
 
 #: Groups in one object of the index.
 INDEX_GROUPS = 64
@@ -65,7 +67,7 @@ SCHEMA = pa.schema(
 #: The columns but ``objects``: what an index has as they are.
 SCALARS = tuple(name for name in SCHEMA.names if name != "objects")
 
-_SIZES = "nbytes:"
+SIZES = "nbytes:"
 
 
 def group_key(group: int) -> str:
@@ -84,105 +86,34 @@ def index_keys(n_shards: int) -> list[str]:
     return [index_key(start // most, min(most, n_shards - start)) for start in range(0, n_shards, most)]
 
 
-#: Every group there can be.
-ALL_GROUPS = range(2**63 // GROUP_SHARDS)
-
-
-class Part(Protocol):
-    """Committed shards that follow each other in a manifest. All raise ``NotFoundError`` or ``CorruptObjectError``."""
-
-    def read(self, names: Sequence[str]) -> pa.Table:
-        """Return columns of ``SCALARS``."""
-
-    def sizes(self, arrays: Sequence[str]) -> pa.Table:
-        """Return the stored bytes of arrays, int64 by shard; null where a shard has no such object."""
-
-    def tables(self, groups: range) -> Iterator[pa.Table]:
-        """Yield all columns, a table for each of these groups that is here."""
-
-    def record(self, shard: int) -> ShardRecord:
-        """Return the record of a shard that is here."""
-
-
-class Rows:
-    """The commits of a group that is not compacted, read at first use and kept."""
-
-    def __init__(self, group: int, read_all: Callable[[], pa.Table]) -> None:
-        self.group, self._read_all = group, read_all
-
-    @cached_property
-    def _table(self) -> pa.Table:
-        return self._read_all()
-
-    def read(self, names: Sequence[str]) -> pa.Table:
-        return self._table.select(names)
-
-    def sizes(self, arrays: Sequence[str]) -> pa.Table:
-        return sizes_by_array(self._table, arrays)
-
-    def tables(self, groups: range) -> Iterator[pa.Table]:
-        if self.group in groups:
-            yield self._table
-
-    def record(self, shard: int) -> ShardRecord:
-        place = self._table["shard"].to_numpy().searchsorted(shard)
-        return next(to_records(self._table.slice(place, 1)))
-
-
-class GroupFile:
-    """A compacted group."""
-
-    def __init__(self, store: Store, group: int) -> None:
-        self.group, self._store, self._key = group, store, group_key(group)
-        self._shards = range(group * GROUP_SHARDS, (group + 1) * GROUP_SHARDS)
-
-    def read(self, names: Sequence[str]) -> pa.Table:
-        footer = _open(self._store, self._key, SCHEMA.names, self._shards)
-        return _read(self._store, self._key, footer, names, self._shards)
-
-    def sizes(self, arrays: Sequence[str]) -> pa.Table:
-        return sizes_by_array(self.read(["objects"]), arrays)
-
-    def tables(self, groups: range) -> Iterator[pa.Table]:
-        if self.group in groups:
-            yield self.read(SCHEMA.names)
-
-    def record(self, shard: int) -> ShardRecord:
-        # The commit is a hundredth of the group, and shards are read in no order.
-        return read_record(self._store, shard)
-
-
-class IndexFile:
-    """One object of the index of a finished dataset; ``parts`` have what it leaves out."""
-
-    def __init__(self, store: Store, key: str, shards: range, parts: Sequence[Part]) -> None:
-        self._store, self._key, self._shards, self._parts = store, key, shards, parts
-
-    @cached_property
-    def _footer(self) -> pq.FileMetaData:
-        # Of 160 columns: to parse it takes as long as to read four of them.
-        return _open(self._store, self._key, SCALARS, self._shards)
-
-    def read(self, names: Sequence[str]) -> pa.Table:
-        return _read(self._store, self._key, self._footer, names, self._shards)
-
-    def sizes(self, arrays: Sequence[str]) -> pa.Table:
-        return self.read([_SIZES + array for array in arrays]).rename_columns(list(arrays))
-
-    def tables(self, groups: range) -> Iterator[pa.Table]:
-        for part in self._parts:
-            yield from part.tables(groups)
-
-    def record(self, shard: int) -> ShardRecord:
-        return read_record(self._store, shard)
-
-
 # --- Records and columns -------------------------------------------------------------------------------------------
 
 
 def to_table(records: Iterable[ShardRecord]) -> pa.Table:
     """Return records, ascending, as columns."""
-    return pa.Table.from_pylist([_to_row(record) for record in records], schema=SCHEMA)
+    rows = list(records)
+    columns: dict[str, Any] = {name: [getattr(record, name) for record in rows] for name in _OF_RECORD}
+    for name in _OF_PROVENANCE:
+        columns[name] = [getattr(record.provenance, name) for record in rows]
+    columns["software"] = [json.dumps(dict(record.provenance.software), sort_keys=True) for record in rows]
+    columns["stats_nbytes"] = [record.stats.nbytes for record in rows]
+    columns["stats_crc32c"] = [record.stats.crc32c for record in rows]
+    columns["objects"] = _objects([record.objects for record in rows])
+    return pa.table([pa.array(columns[name], _type(name)) for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _objects(by_record: Sequence[Mapping[str, ObjectRecord]]) -> pa.Array:
+    # By column: a dictionary for each object takes five times as long.
+    named = [sorted(objects.items()) for objects in by_record]
+    flat = [item for items in named for item in items]
+    columns = {"array": [name for name, _ in flat]} | {
+        name: [getattr(item, name) for _, item in flat] for name in ("nbytes", "crc32c", "index_crc32c")
+    }
+    structs = pa.StructArray.from_arrays(
+        [pa.array(columns[field.name], field.type) for field in _OBJECT], fields=list(_OBJECT)
+    )
+    ends = pa.array(np.cumsum([0, *map(len, named)], dtype=np.int32))
+    return pa.ListArray.from_arrays(ends, structs, type=_type("objects"))
 
 
 def to_records(table: pa.Table) -> Iterator[ShardRecord]:
@@ -222,24 +153,7 @@ def sum_sizes(table: pa.Table) -> dict[str, int]:
     return dict(zip(summed["array"].to_pylist(), summed["nbytes_sum"].to_pylist(), strict=True))
 
 
-def _to_row(record: ShardRecord) -> dict[str, Any]:
-    provenance = record.provenance
-    objects = [
-        {"array": name, "nbytes": o.nbytes, "crc32c": o.crc32c, "index_crc32c": o.index_crc32c}
-        for name, o in sorted(record.objects.items())
-    ]
-    row = {name: getattr(record, name) for name in SCHEMA.names if hasattr(record, name)}
-    row |= {name: getattr(provenance, name) for name in SCHEMA.names if hasattr(provenance, name)}
-    return row | {
-        "objects": objects,
-        "stats_nbytes": record.stats.nbytes,
-        "stats_crc32c": record.stats.crc32c,
-        "software": json.dumps(dict(provenance.software), sort_keys=True),
-    }
-
-
 def _from_row(row: Mapping[str, Any]) -> ShardRecord:
-    names = ("attempt", "host", "device", "started", "finished", "n_tokens", "forward_s", "encode_s", "write_s")
     return ShardRecord(
         dataset_id=row["dataset_id"],
         shard=row["shard"],
@@ -252,7 +166,9 @@ def _from_row(row: Mapping[str, Any]) -> ShardRecord:
             for o in row["objects"]
         },
         stats=ObjectRecord(nbytes=row["stats_nbytes"], crc32c=row["stats_crc32c"]),
-        provenance=Provenance(software=parse_object(row["software"].encode()), **{name: row[name] for name in names}),
+        provenance=Provenance(
+            software=parse_object(row["software"].encode()), **{name: row[name] for name in _OF_PROVENANCE}
+        ),
     )
 
 
@@ -260,16 +176,11 @@ def _from_row(row: Mapping[str, Any]) -> ShardRecord:
 
 
 def group_bytes(table: pa.Table) -> bytes:
-    """Return the file of a group.
-
-    Without statistics, which nobody reads: Arrow ends the process where those of a damaged footer do not agree.
-    """
-    sink = io.BytesIO()
-    pq.write_table(table.combine_chunks(), sink, compression="zstd", write_page_checksum=True, write_statistics=False)
-    return sink.getvalue()
+    """Return the file of a group; without statistics, which nobody reads."""
+    return write_sealed(table.combine_chunks(), compression="zstd", write_page_checksum=True, write_statistics=False)
 
 
-def index_bytes(tables: Iterable[pa.Table]) -> memoryview:
+def index_bytes(tables: Iterable[pa.Table]) -> bytes:
     """Return the index object of consecutive tables of the whole schema: one row group.
 
     Sizes of one array differ by a fraction of a percent: as packed differences they take 2.9 bytes and 6 ns to read, as
@@ -283,13 +194,11 @@ def index_bytes(tables: Iterable[pa.Table]) -> memoryview:
     by_array = pa.concat_tables(sizes, promote_options="default")
     whole = pa.concat_tables(scalars)
     for name in sorted(by_array.column_names):
-        whole = whole.append_column(_SIZES + name, by_array[name])
+        whole = whole.append_column(SIZES + name, by_array[name])
     texts = [field.name for field in whole.schema if pa.types.is_string(field.type)]
     integers = [field.name for field in whole.schema if pa.types.is_signed_integer(field.type)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
+    return write_sealed(
         whole.combine_chunks(),
-        sink,
         row_group_size=max(1, len(whole)),
         compression="zstd",
         use_dictionary=texts,
@@ -297,15 +206,14 @@ def index_bytes(tables: Iterable[pa.Table]) -> memoryview:
         write_page_checksum=True,
         write_statistics=False,
     )
-    return memoryview(sink.getvalue())
 
 
-def _open(store: Store, key: str, columns: Sequence[str], shards: range) -> pq.FileMetaData:
+def open_footer(store: Store, key: str, columns: Sequence[str], shards: range) -> pq.FileMetaData:
     """Return the footer of a file that has just these columns of the schema, and those of sizes, of these shards."""
     with _reading(store, key):
-        footer = pq.ParquetFile(ObjectReader(store, key)).metadata
+        footer = read_footer(ObjectReader(store, key))
         every = footer.schema.to_arrow_schema()
-        sizes = [field for field in every if field.name.startswith(_SIZES)]
+        sizes = [field for field in every if field.name.startswith(SIZES)]
         # With a schema given, pyarrow would fill absent columns with nulls.
         expected = pa.schema([SCHEMA.field(name) for name in columns])
         if not pa.schema([field for field in every if field not in sizes]).equals(expected) or not all(
@@ -319,7 +227,8 @@ def _open(store: Store, key: str, columns: Sequence[str], shards: range) -> pq.F
         return footer
 
 
-def _read(store: Store, key: str, footer: pq.FileMetaData, names: Sequence[str], shards: range) -> pa.Table:
+def read_columns(store: Store, key: str, footer: pq.FileMetaData, names: Sequence[str], shards: range) -> pa.Table:
+    """Return columns of a file whose footer ``open_footer`` gave, nulls for those of sizes that it lacks."""
     present = set(footer.schema.to_arrow_schema().names)
     with _reading(store, key):
         # Buffered: the columns come in one read, or few.
@@ -336,7 +245,7 @@ def _read(store: Store, key: str, footer: pq.FileMetaData, names: Sequence[str],
 
 def _check(table: pa.Table, shards: range) -> None:
     """Raise ``ValueError`` for columns that no records have: a file is anyone's until it is looked at."""
-    sizes = [name for name in table.column_names if name.startswith(_SIZES)]
+    sizes = [name for name in table.column_names if name.startswith(SIZES)]
     require_whole(table, len(shards), nullable=sizes)
     for name in {"first_row", "n_rows", "n_void", "nbytes", *sizes}.intersection(table.column_names):
         if (least := pc.min(table[name]).as_py()) is not None and least < 0:
@@ -366,4 +275,4 @@ def _reading(store: Store, key: str) -> Iterator[None]:
 
 
 def _type(name: str) -> pa.DataType:
-    return pa.int64() if name.startswith(_SIZES) else SCHEMA.field(name).type
+    return pa.int64() if name.startswith(SIZES) else SCHEMA.field(name).type

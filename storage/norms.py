@@ -101,6 +101,10 @@ class OutlierRow(NamedTuple):
 
 def largest(rows: npt.NDArray[Any], norms: F64) -> tuple[OutlierRow, ...]:
     """Return the rows of the largest norms, largest first; of equal ones the smallest row number first."""
+    if len(norms) > N_OUTLIERS:
+        # Few are as large as the last that is kept; only they need an order.
+        least = np.partition(norms, len(norms) - N_OUTLIERS)[len(norms) - N_OUTLIERS]
+        rows, norms = rows[norms >= least], norms[norms >= least]
     order = np.lexsort((rows, -norms))[:N_OUTLIERS]
     return tuple(OutlierRow(int(rows[i]), float(norms[i])) for i in order)
 

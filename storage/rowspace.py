@@ -123,6 +123,11 @@ class RowSpace:
         start = shard * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, self.n_rows))
 
+    def n_rows_by_shard(self) -> npt.NDArray[np.int64]:
+        """Return int64 [n_shards]: the rows of each shard."""
+        starts = np.arange(self.n_shards, dtype=np.int64) * self.rows_per_shard
+        return np.minimum(self.n_rows - starts, self.rows_per_shard)
+
     def places(self, shard: int) -> npt.NDArray[np.int64]:
         """Return int64 [n]: for the shard's n rows in corpus order, the place of each inside the shard.
 

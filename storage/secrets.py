@@ -18,6 +18,22 @@ def redacted(text: str, options: Mapping[str, Any]) -> str:
     return text
 
 
+def secret_names(options: Mapping[str, Any]) -> list[str]:
+    """Return the options, by dotted names, that may be credentials: every text but the harmless ones."""
+    return [name for name, value in _texts(options, "") if len(value) >= _MIN_LENGTH]
+
+
+def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from () if key in _OPEN else _texts(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, name)
+    elif isinstance(value, str):
+        yield name, value
+
+
 def _values(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):

@@ -29,6 +29,12 @@ DTYPES = ("bfloat16", "float32")
 #: How sequences share a batch: each in a row of its own, or several in one row, kept apart by a mask.
 PADDED, PACKED = BATCHINGS = ("padded", "packed")
 
+#: What it means that these hashes differ.
+_MEANINGS = {
+    "corpus_id": " (other documents, another tokenizer or other rules of [corpus])",
+    "model_fingerprint": " (other weights or another config)",
+}
+
 #: Columns stored for every row, on the shard grid of the hook points.
 ROW_COLUMNS = {"token_id": "int32", "position": "int32", "sequence": "int64", "role": "uint8"}
 
@@ -163,7 +169,7 @@ class DatasetSpec:
         """Return one line for each field that differs, ``name: here 1, there 2``."""
         mine, theirs = (_flat({"batching": PADDED} | spec.to_json()) for spec in (self, other))
         return [
-            f"{name}: here {mine.get(name)!r}, there {theirs.get(name)!r}"
+            f"{name}: here {_shown(mine, name)}, there {_shown(theirs, name)}{_MEANINGS.get(name, '')}"
             for name in sorted(mine.keys() | theirs.keys())
             if mine.get(name) != theirs.get(name)
         ]
@@ -229,6 +235,10 @@ class DatasetSpec:
             for column, dtype in ROW_COLUMNS.items()
         ]
         return {array.name: array for array in points + columns}
+
+
+def _shown(value: Mapping[str, Any], name: str) -> str:
+    return repr(value[name]) if name in value else "absent"
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

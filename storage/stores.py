@@ -20,8 +20,12 @@ from actlake.storage.errors import ActlakeError, BadInputError, CorruptObjectErr
 from actlake.storage.limits import split_options
 from actlake.storage.ranges import merge
 from actlake.storage.secrets import redacted
+from actlake.storage.unfinished import unfinished
 
 _TEMPORARY = ".actlake-"
+
+#: A disk, or what may be written to it, has come to its end.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: Where nothing can be written to, and why.
 _READ_ONLY = {
@@ -238,16 +242,25 @@ class Store:
         except (FileExistsError, PermissionError) as error:
             raise self._refused(verb, where, error) from None
         except OSError as error:
-            if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-                if self.local:
-                    raise
-                raise self._failed(verb, where, error) from None
-            raise self._refused(verb, where, error) from None
+            if (told := self._told(verb, where, error)) is None:
+                raise
+            raise told from None
         except Exception as error:
             if self.local:
                 raise
             # Each client has errors of its own, of a dozen packages; all of them mean that the store did not answer.
             raise self._failed(verb, where, error) from None
+
+    def _told(self, verb: str, where: str, error: OSError) -> ActlakeError | None:
+        """Return what an operating system's error means, None for one of a local disk that speaks for itself."""
+        if error.errno in _FULL:
+            return StoreError(
+                f"cannot {verb} {where}: {error.strerror}; free some space there, then run it again: finished shards "
+                "are kept"
+            )
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return self._refused(verb, where, error)
+        return None if self.local else self._failed(verb, where, error)
 
     def _refused(self, verb: str, where: str, error: OSError) -> BadInputError:
         why = redacted(str(error.strerror or error), self.options)
@@ -310,13 +323,14 @@ def _write_file(target: Path, parts: Iterable[bytes | memoryview]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with open(temporary, "wb", buffering=0) as file:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                while view:
-                    view = view[file.write(view) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with unfinished(temporary):
+            with open(temporary, "wb", buffering=0) as file:
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

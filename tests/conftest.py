@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from chaos.campaign import World
     from servers import Servers
 
 # Read by the libraries when they are imported, so set before any test module is. Two cores run the suite: more threads
@@ -34,7 +35,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.load_profile("actlake")
 
 _TESTS = Path(__file__).parent
-_AREAS = ("storage", "ingest", "shards", "jobs", "infra", "fuzz", "", "integration", "trainers")
+_AREAS = ("storage", "ingest", "shards", "jobs", "infra", "fuzz", "", "chaos", "integration", "trainers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,9 +52,9 @@ def _rank(item: pytest.Item) -> tuple[bool, int]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Run one Ray for all tests of this session."""
-    from actlake.jobs.engines import ray_engine
+    from actlake.jobs.engines import ray_cluster
 
-    with ray_engine.cluster(None, n_cpus=2):
+    with ray_cluster.cluster(None, n_cpus=2):
         yield
 
 
@@ -65,3 +66,11 @@ def servers() -> "Iterator[Servers]":
     found = Servers()
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "World":
+    """A tiny model and texts, and what an undisturbed run makes of them: for the runs that are disturbed."""
+    from chaos.campaign import World
+
+    return World.make(tmp_path_factory.mktemp("chaos") / "world")

@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actlake.jobs.engines.events import Event
 from actlake.jobs.ingestion import Listener
+
+T = TypeVar("T")
 
 
 def contents(dataset: Path) -> dict[str, Any]:
@@ -43,6 +45,23 @@ def run_until(job: Path, engine: str, condition: Callable[[], bool]) -> int:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     return process.wait(timeout=30)
+
+
+def wait_for(look: Callable[[], T], good: Callable[[T], bool]) -> T:
+    """Look until what is found is good, for minutes at most; return it."""
+    deadline = time.monotonic() + 200
+    while not good(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Say whether a process runs; one that is dead but not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Recorder(Listener):

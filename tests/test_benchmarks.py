@@ -18,12 +18,18 @@ import bench_batching
 import bench_corpus
 import bench_end_to_end
 import bench_flips
+import bench_gpu
+import bench_ingest
+import bench_manifest
 import bench_reader_memory
 import bench_reader_remote
 import bench_rivals
+import bench_scale
 import bench_shuffle
 import bench_store
 import bench_stream
+import gpu_capture
+import gpu_model
 import harness
 import numpy as np
 import pytest
@@ -45,9 +51,12 @@ SCRIPTS = (
     bench_corpus,
     bench_end_to_end,
     bench_flips,
+    bench_gpu,
+    bench_ingest,
     bench_reader_memory,
     bench_reader_remote,
     bench_rivals,
+    bench_scale,
     bench_shuffle,
     bench_store,
     bench_stream,
@@ -214,6 +223,104 @@ def test_bench_batching_counts_padding_and_runs_both(tmp_path: Path, run: Callab
     assert all(row["lowest"] <= row["packed / padded"] <= row["highest"] for row in timed)
 
 
+# --- bench_gpu ---
+
+#: Installed beside actlake, but not on a machine that has only torch and transformers.
+ABSENT_THERE = ("ray", "zarr", "typer", "rich", "gguf", "duckdb", "obstore", "gcsfs", "s3fs", "adlfs", "accelerate")
+RUN_BARE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({absent!r}))
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+sys.path.insert(0, {folder!r})
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_bench_gpu_runs_with_little_more_than_torch_and_transformers(tmp_path: Path) -> None:
+    script, file = Path(bench_gpu.__file__), tmp_path / "found.json"
+    code = RUN_BARE.format(absent=ABSENT_THERE, folder=str(script.parent))
+    options = "--device cpu --shapes tiny --context 64 --max-rows 512 --minutes 0.02 --memory 1GiB --threads 2"
+    command = [sys.executable, "-c", code, str(script), *options.split(), "--folder", str(tmp_path)]
+    done = subprocess.run([*command, "--json", str(file)], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(file.read_text())["tables"]
+    assert list(tables) == ["Machine", "Gemma 3 tiny alone", "Gemma 3 tiny captured"]
+    rows = tables["Gemma 3 tiny captured"]
+    selections = ("1 point", "4 streams x 4 layers", "4 streams x all layers")
+    expected = list(itertools.product(selections, ("none", "blosc"), ("null", "disk")))
+    assert [(row["hook points"], row["codec"], row["to"]) for row in rows] == expected
+    assert all(row["shards"] >= 2 and row["of slowest"] > 0 and row["forward, s"] > 0 for row in rows)
+    assert all((row["raw / stored"] > 1.1) == (row["codec"] == "blosc") for row in rows)
+    # Nothing is left beside the file.
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_bench_gpu_says_how_to_bring_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(bench_gpu, "PACKAGES", ("json", "brought", "missing"))
+    (tmp_path / "brought.py").write_text("")
+    with pytest.raises(SystemExit, match=r"not installed here: missing\. .*pip install --target FOLDER .* missing;"):
+        bench_gpu.require_packages(tmp_path)
+    with pytest.raises(SystemExit, match="no such folder"):
+        bench_gpu.require_packages(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_bench_ingest_compares_the_same_batches_and_names_its_bound(
+    run: Callable[..., dict[str, list[dict[str, Any]]]], tmp_path: Path
+) -> None:
+    tiny_gemma.save(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{4 + i * 7 % 90}" for i in range(1000)))
+    sizes = ("--rows", 128, "--shards", 3, "--repeats", 1, "--context", 32, "--batch-tokens", 256)
+    places = ("--model", tmp_path / "model", "--source", tmp_path / "text.txt")
+    tables = run(bench_ingest, *sizes, *places, "--only", "layer")
+    (speed,), (parts,), (memory,) = tables.values()
+    # 4 streams of a layer: 256 numbers of attention and three residuals of 48, two bytes each, but not of BOS rows.
+    assert 0.7 * 2 * (256 + 3 * 48) < 1000 * speed["kB a token"] < 2 * (256 + 3 * 48) + 17
+    assert speed["ratio"] > 0
+    assert 0 < speed["bound"] < 1
+    assert speed["of the bound"] == pytest.approx(speed["ratio"] / speed["bound"])
+    assert all(parts[name] > 0 for name in ("forward", *bench_ingest.PARTS))
+    assert memory["peak RSS GB"] > memory["shard GB"]
+    assert memory["planned GB"] > 2 * memory["shard GB"]
+
+
+def test_flops_count_the_linear_layers_and_the_keys_seen() -> None:
+    size = gpu_model.SIZES["tiny"]
+    text = gpu_model.random_model(size, "cpu").text
+    n_weights = sum(module.weight.numel() for module in text.modules() if isinstance(module, torch.nn.Linear))
+    # 64 heads' channels in each of 4 layers; a sequence of 3 tokens sees 1, 2 and 3 keys.
+    assert gpu_model.flops_per_token(size, 3) == 2 * n_weights + 4 * 64 * 4 * 2
+    # 22 of 26 layers see no more than 512 tokens.
+    in_window = (512 * 513 / 2 + 1536 * 512) / 2048
+    larger = gpu_model.SIZES["1b"]
+    more = gpu_model.flops_per_token(larger, 2048) - gpu_model.flops_per_token(larger, 1)
+    assert more == pytest.approx(4 * 1024 * (4 * (2049 / 2 - 1) + 22 * (in_window - 1)))
+
+
+def test_a_null_store_keeps_metadata_alone(tmp_path: Path) -> None:
+    store = gpu_capture.NullStore(tmp_path)
+    for key in ("arrays/layers.0.resid_post/c/0/0", "arrays/rows/role/c/0", "stats/0000000000.parquet"):
+        store.write(key, b"bytes")
+    store.write("arrays/layers.0.resid_post/zarr.json", b"{}")
+    store.write("spec.json", b"{}")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["spec.json", "zarr.json"]
+
+
+def test_a_capture_that_fails_ends_its_driver(tmp_path: Path) -> None:
+    class Failing:
+        store = gpu_capture.NullStore(tmp_path)
+
+        def build(self, shard: int) -> None:
+            raise ValueError("planted")
+
+    builder: Any = Failing()
+    with pytest.raises(ValueError, match="planted"):
+        gpu_capture.Driver(builder, seconds=3600).run()
+
+
 # --- bench_shuffle ---
 
 
@@ -281,6 +388,44 @@ def test_bench_reader_memory_fails_where_memory_does_not_suffice(
     monkeypatch.setattr(bench_reader_memory, "measure", lambda *_: row)
     with pytest.raises(SystemExit, match="36 hook points: over what is allowed"):
         run(bench_reader_memory)
+
+
+# --- many shards ---
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bench_scale_measures_every_phase(
+    tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import cloudpickle
+
+    # The actors have no path to the benchmarks.
+    for module in (bench_scale, bench_manifest):
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    (tmp_path / "at").mkdir()
+    left: list[Any] = []
+
+    def in_this_process(script: str, words: Sequence[object]) -> Any:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        bench_scale.main()
+        return left.pop()
+
+    monkeypatch.setattr(harness, "run_child", in_this_process)
+    monkeypatch.setattr(harness, "leave_result", left.append)
+    rows = run(
+        bench_scale, "--sizes", "1.1k", "3.1k", "--points", 1, "--handed", 1100, "--at", tmp_path / "at"
+    )["Shards by the million"]  # fmt: skip
+    counted = {(row["phase"], row["shards"]): row["handed out, or missing"] for row in rows}
+    assert counted == {
+        **{(phase, 1100): 1100 for phase in ("plan", "dispatch", "commit", "compact", "finish")},
+        **{(phase, 3100): 1100 for phase in ("dispatch", "commit", "compact")},
+        # A finished dataset, and one of which a killed run left a group and 1,023 shards of the next.
+        ("plan", 3100): 3100,
+        ("finish", 3100): 3100,
+        ("resume", 1100): 550,
+        ("resume", 3100): 3100 - 1024 - 1023,
+    }
+    assert list((tmp_path / "at").iterdir()) == []
 
 
 # --- corpora ---

@@ -14,7 +14,7 @@ import torch
 import typer
 from fakes import make_data_demo
 
-from actlake.jobs.cli import corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
+from actlake.jobs.cli import cluster, corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
 from actlake.jobs.cli.app import app
 from actlake.jobs.jobfile import parse_job
 from actlake.storage import errors

@@ -1,12 +1,14 @@
 """The command's entry: its groups, its exit codes, and how errors are shown.
 
-Exit code 0: done; 1: some shards could not be built; 2: bad input or damaged data; 130: interrupted.
+Exit code 0: done; 1: some shards could not be built; 2: bad input or damaged data; 130: interrupted; 143: terminated
+(SIGTERM, as Slurm and Kubernetes send it before they take a machine away).
 """
 
 import logging
 import os
+import signal
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,7 +22,10 @@ from actlake.storage.errors import ActlakeError, ShardFailedError
 ERRORS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 OUT = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+#: Whether SIGTERM has come; it then ends the command as Ctrl-C does.
+_terminated = False
 
 
 class Commands(TyperGroup):
@@ -34,8 +39,7 @@ class Commands(TyperGroup):
             ERRORS.print(str(error))
             raise typer.Exit(1 if isinstance(error, ShardFailedError) else 2) from error
         except KeyboardInterrupt as error:
-            _say_interrupted()
-            raise typer.Exit(_INTERRUPTED) from error
+            raise typer.Exit(_say_interrupted()) from error
 
 
 app = typer.Typer(
@@ -65,26 +69,44 @@ def _global(
 
 def main() -> None:
     """Run the command line; an interrupted one ends at once, whatever its threads are doing."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        from actlake.jobs.cli import corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
+        from actlake.jobs.cli import cluster, corpus, demo, ingest, plan, query, report, sql, stats, store, verify  # noqa: F401 - each registers
 
         app()
     except KeyboardInterrupt:
         # No command ran yet: the modules were loading.
-        _say_interrupted()
-        _leave()
+        _leave(_say_interrupted())
     except SystemExit as ended:
-        if ended.code == _INTERRUPTED:
-            _leave()
+        if ended.code == signal.SIGTERM:
+            # While Ray starts, the handler is Ray's own.
+            _leave(_say_interrupted(_TERMINATED))
+        if ended.code in (_INTERRUPTED, _TERMINATED):
+            _leave(ended.code)
         raise
 
 
-def _say_interrupted() -> None:
-    ERRORS.print("interrupted; run the same command again to go on where it stopped")
+def _terminate(*_: Any) -> None:
+    global _terminated
+    # Once is enough: the next one would break off what is being put away.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _terminated = True
+    raise KeyboardInterrupt
 
 
-def _leave() -> None:
+def _say_interrupted(code: int = 0) -> int:
+    """Say that the command did not end by itself; return its exit code."""
+    code = code or (_TERMINATED if _terminated else _INTERRUPTED)
+    what = "terminated" if code == _TERMINATED else "interrupted"
+    ERRORS.print(f"{what}; run the same command again to go on where it stopped")
+    return code
+
+
+def _leave(code: int) -> NoReturn:
     # An orderly exit waits for the encoding threads, and aborts (SIGABRT) where the worker's thread is inside torch.
+    from actlake.storage.unfinished import remove_unfinished
+
+    remove_unfinished()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_INTERRUPTED)
+    os._exit(code)

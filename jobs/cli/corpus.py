@@ -72,6 +72,8 @@ def head(
     if as_json:
         typer.echo(json.dumps(shown, indent=1, ensure_ascii=False))
         return
+    if not shown:
+        OUT.print(f"no sequences in the split {split!r} of {found.store.url}")
     for one in shown:
         labels = "".join(f", {name} {value}" for name, value in one["metadata"].items() if value is not None)
         OUT.print(
@@ -125,7 +127,7 @@ def _open(url: str, options: list[str] | None) -> "Corpus":
     try:
         return Corpus.open(store)
     except NotFoundError as error:
-        if (found := explain(store)) is None:
+        if (found := explain(store, wanted="corpus")) is None:
             raise
         raise NotFoundError(f"no corpus at {url}: {found}") from error
 

@@ -14,6 +14,8 @@ from actlake.storage.errors import BadInputError
 
 if TYPE_CHECKING:
     from actlake.ingest.models import ModelShape
+    from actlake.jobs.ingestion import IngestReport
+    from actlake.jobs.slices import Slice
 
 
 @app.command()
@@ -23,18 +25,31 @@ def ingest(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster ('auto' or host:port) instead of this machine.")
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice",
+            metavar="NUMBER/COUNT",
+            help="With --engine local: build this part of the shards, e.g. 3/8; several processes build one dataset.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Build what is missing of a job's dataset: corpus, then shards. Run it again after any interruption."""
     from actlake.jobs import ingestion
     from actlake.jobs.cli.listener import listening
     from actlake.jobs.jobfile import read_job
+    from actlake.jobs.slices import Slice
 
+    chosen = None if part is None else Slice.parse(part)
     checked = read_job(job)
-    with listening(ERRORS if as_json else OUT) as listener:
-        report = ingestion.ingest(checked, engine=engine, address=address, listener=listener)
+    with listening(ERRORS if as_json else OUT, checked) as listener:
+        report = ingestion.ingest(checked, engine=engine, address=address, listener=listener, part=chosen)
     if as_json:
         typer.echo(json.dumps(vars(report), indent=1))
+        return
+    if chosen is not None:
+        OUT.print(_sliced(chosen, report))
         return
     if report.n_built == 0:
         OUT.print(f"nothing to build: all {report.n_shards} shards of {report.dataset} are committed")
@@ -44,6 +59,45 @@ def ingest(
         f"built {report.n_built} shards in {report.seconds:.0f} s: {report.dataset} has {report.n_rows:,} rows, "
         f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)"
     )
+
+
+def _sliced(part: "Slice", report: "IngestReport") -> str:
+    built = f"built {report.n_built} shards of slice {part} in {report.seconds:.0f} s"
+    if report.n_built == 0:
+        built = f"nothing to build: no shard of slice {part} is missing"
+    left = report.n_shards - report.n_committed
+    whole = "it is whole" if left == 0 else f"{left} are missing, of other slices or failed"
+    return f"{built}; {report.dataset} has {report.n_committed} of {report.n_shards} shards: {whole}"
+
+
+@app.command()
+def prepare(
+    job: Annotated[Path, typer.Argument(help="Job file (TOML).", show_default=False)],
+    engine: Annotated[str, typer.Option(help="What builds the corpus: 'local', or 'ray' for a large one.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster ('auto' or host:port) instead of this machine.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is ready as JSON.")] = False,
+) -> None:
+    """Do all of a job that needs a network: weights, corpus, row index, array metadata. No shard is built."""
+    from actlake.jobs import preparing
+    from actlake.jobs.cli.listener import listening
+    from actlake.jobs.jobfile import read_job
+
+    checked = read_job(job)
+    with listening(ERRORS if as_json else OUT, checked) as listener:
+        report = preparing.prepare(checked, engine=engine, address=address, listener=listener)
+    command = preparing.compute_command(job)
+    if as_json:
+        typer.echo(json.dumps({**vars(report), "command": command}, indent=1))
+        return
+    OUT.print(f"model    {report.model}: {report.weights}")
+    OUT.print(f"corpus   {report.corpus}: {report.n_tokens:,} tokens")
+    OUT.print(
+        f"dataset  {report.dataset}: {report.n_rows:,} rows in {report.n_shards} shards, {report.n_missing} to build"
+    )
+    OUT.print("every compute node must see these three places; in a Slurm job array each task then runs")
+    OUT.print(f"  {command}")
 
 
 @app.command()

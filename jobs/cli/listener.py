@@ -1,31 +1,42 @@
-"""Shows how an ingestion goes: bars at a terminal, a line a shard where output goes to a file or a log."""
+"""Shows how an ingestion goes: bars and numbers at a terminal, lines where output goes to a file or a log."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import TaskID
 
-from actlake.jobs.cli.progress import bars, format_nbytes
-from actlake.jobs.engines.events import Event, RowsCaptured, ShardAbandoned, ShardCommitted
+from actlake.jobs.cli.progress import Bars, bars, format_nbytes
+from actlake.jobs.engines.events import Event, ShardAbandoned, ShardCommitted, ShardRetried
 from actlake.jobs.ingestion import Listener, Plan
+from actlake.jobs.jobfile import Job
+from actlake.jobs.progress import Progress, Tracker, busy_name
+
+#: Runs of at most so many shards print a line for each, where the output is no terminal.
+_FEW_SHARDS = 100
+
+#: Seconds between two lines otherwise: 9,000 lines a day, however many shards.
+_EVERY_S = 10.0
+
+#: Different errors that are shown as they come; all others are counted, and named at the end of the run.
+_MOST_ERRORS = 20
 
 
 class TerminalListener(Listener):
-    """Shows notes, the corpus bar and the shard bar with rows/s, failures and the time left."""
+    """Shows notes, the bars of the corpus and of the shards, and under them the numbers of ``jobs.progress``."""
 
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console, self._progress = console, progress
+    def __init__(
+        self, console: Console, progress: Bars, job: Job | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console, self._progress, self._job, self._clock = console, progress, job, clock
         self._corpus: TaskID | None = None
         self._sorted: TaskID | None = None
         self._replies: TaskID | None = None
         self._shards: TaskID | None = None
-        self._plan: Plan | None = None
-        self._planned_at = 0.0
-        self._first: tuple[float, int] | None = None
-        self._n_rows = self._n_committed = self._n_failed = self._nbytes = 0
-        self._rows_of_committed = 0
+        self._tracker: Tracker | None = None
+        self._errors: set[str] = set()
+        self._line_at = clock()
 
     def note(self, text: str) -> None:
         self._console.print(text)
@@ -35,6 +46,7 @@ class TerminalListener(Listener):
             self._corpus = self._progress.add_task("corpus", total=None, detail="")
         detail = f"{n_documents:,} documents, {n_tokens:,} tokens"
         self._progress.update(self._corpus, completed=n_documents, detail=detail)
+        self._line(f"corpus: {detail}")
 
     def replies(self, n_done: int, n_missing: int) -> None:
         if self._replies is None:
@@ -42,65 +54,64 @@ class TerminalListener(Listener):
             self._console.print(f"{n_missing:,} replies to generate")
         if n_done:
             self._progress.update(self._replies, completed=n_done, detail=f"{n_done:,} replies")
+            self._line(f"replies: {n_done:,}/{n_missing:,}")
 
     def sequences(self, n_written: int, n_sequences: int) -> None:
         if self._sorted is None:
             self._sorted = self._progress.add_task("sort", total=n_sequences, detail="")
         self._progress.update(self._sorted, completed=n_written, detail=f"{n_written:,} sequences")
+        self._line(f"sort: {n_written:,}/{n_sequences:,} sequences")
 
     def planned(self, plan: Plan) -> None:
         if self._corpus is not None:
             self._progress.update(self._corpus, total=1, completed=1)
-        self._plan, self._planned_at = plan, time.monotonic()
-        n_done = plan.n_shards - len(plan.missing)
+        n_missing = len(plan.missing)
+        n_done = plan.n_shards - n_missing
         already = f", {n_done} of them committed before" if n_done else ""
+        if plan.part is not None:
+            already = f"; {n_missing} of slice {plan.part} are to be built"
         self._console.print(f"{plan.n_rows:,} rows in {plan.n_shards} shards{already}")
-        if plan.missing:
+        self._tracker = Tracker(n_missing, plan.n_missing_rows, busy_name(self._job), self._clock)
+        if n_missing:
             self._shards = self._progress.add_task("shards", total=plan.n_missing_rows, detail="loading the model")
 
     def event(self, event: Event) -> None:
-        if isinstance(event, RowsCaptured):
-            self._n_rows += event.n_rows
-        elif isinstance(event, ShardCommitted):
-            self._n_committed += 1
-            self._rows_of_committed += event.record.n_rows
-            self._nbytes += event.record.nbytes
-            if not self._console.is_terminal:
-                self._console.print(self._line(event))
-        elif isinstance(event, ShardAbandoned):
-            self._n_failed += 1
-            self._console.print(f"{event.task} failed: {type(event.error).__name__}: {event.error}")
-        if self._first is None:
-            self._first = time.monotonic(), max(self._n_rows, self._rows_of_committed)
+        assert self._tracker is not None
+        self._tracker.event(event)
+        if isinstance(event, ShardRetried | ShardAbandoned):
+            self._name(event)
+        if self._console.is_terminal:
+            self._show(self._tracker.progress())
+        elif isinstance(event, ShardCommitted) and self._tracker.n_shards <= _FEW_SHARDS:
+            shard = f"{event.task}: {event.record.n_rows:,} rows, {format_nbytes(event.record.nbytes)} stored"
+            self._line(f"{shard}; {self._tracker.progress().line()}", at_once=True)
+        elif self._tracker.over or self._is_due():
+            self._line(self._tracker.progress().line(), at_once=True)
+
+    def _show(self, now: Progress) -> None:
         if self._shards is not None:
-            done = max(self._n_rows, self._rows_of_committed)
-            self._progress.update(self._shards, completed=done, detail=self._detail())
+            self._progress.update(self._shards, completed=now.n_rows_done, detail=f"{now.n_rows_done:,} rows")
+            self._progress.footer = now.line(left=False)
 
-    def _rate(self) -> float:
-        # From the first report on: loading the model says nothing of the rows to come.
-        n_rows = max(self._n_rows, self._rows_of_committed)
-        started, n_before = self._first or (self._planned_at, 0)
-        if n_rows == n_before:
-            started, n_before = self._planned_at, 0
-        return (n_rows - n_before) / max(1e-9, time.monotonic() - started)
+    def _name(self, event: ShardRetried | ShardAbandoned) -> None:
+        what = "failed, and is tried again" if isinstance(event, ShardRetried) else "failed"
+        cause = f"{type(event.error).__name__}: {event.error}"
+        if f"{what}{cause}" not in self._errors and len(self._errors) < _MOST_ERRORS:
+            self._errors.add(f"{what}{cause}")
+            self._console.print(f"{event.task} {what}: {cause}")
 
-    def _detail(self) -> str:
-        assert self._plan is not None
-        failed = f", {self._n_failed} failed" if self._n_failed else ""
-        total = len(self._plan.missing)
-        return (
-            f"{self._n_committed}/{total} committed{failed}, {self._rate():,.0f} rows/s, {format_nbytes(self._nbytes)}"
-        )
+    def _is_due(self) -> bool:
+        return self._clock() - self._line_at >= _EVERY_S
 
-    def _line(self, event: ShardCommitted) -> str:
-        assert self._plan is not None
-        left = (self._plan.n_missing_rows - self._rows_of_committed) / max(1e-9, self._rate())
-        shard = f"{event.task}: {event.record.n_rows:,} rows, {format_nbytes(event.record.nbytes)} stored"
-        return f"{shard}; {self._detail()}, {left:.0f} s left"
+    def _line(self, text: str, *, at_once: bool = False) -> None:
+        """Print a line of progress, unless bars show it or the last one was a moment ago."""
+        if not self._console.is_terminal and (at_once or self._is_due()):
+            self._line_at = self._clock()
+            self._console.print(text)
 
 
 @contextmanager
-def listening(console: Console) -> Iterator[TerminalListener]:
+def listening(console: Console, job: Job | None = None) -> Iterator[TerminalListener]:
     """Show progress for as long as the block lasts."""
     with bars(console) as progress:
-        yield TerminalListener(console, progress)
+        yield TerminalListener(console, progress, job)

@@ -1,7 +1,8 @@
 """What the commands that look at datasets have in common: their arguments, how a dataset is opened, and tables."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,13 +64,20 @@ def _value(text: str) -> Any:
 def open_dataset(url: str, options: Sequence[str] | None = None) -> "ActivationDataset":
     """Open a dataset; where there is none, say what else is there."""
     parsed = parse_options(options)
-    try:
+    with explaining(url, parsed):
         return actlake.open(url, parsed)
+
+
+@contextmanager
+def explaining(url: str, options: Mapping[str, Any] | None) -> Iterator[None]:
+    """Add to the error of a URL without a dataset what is there."""
+    try:
+        yield
     except NotFoundError as error:
         from actlake.jobs.catalog import explain
         from actlake.storage.stores import Store
 
-        if (found := explain(Store(url, parsed))) is None:
+        if (found := explain(Store(url, options))) is None:
             raise
         raise NotFoundError(f"no dataset at {url}: {found}") from error
 

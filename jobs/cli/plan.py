@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,6 +75,8 @@ def plan(
         layout=layout,
         as_json=as_json,
     )
+    if release is not None and job is not None:
+        raise BadInputError(f"{job} or --release {release}: a plan is of a job or of a release; leave one of them out")
     if release is not None:
         _plan_release(asked, release, round(tokens_base), round(tokens_chat), dtype)
     elif job is not None:
@@ -134,6 +136,7 @@ def _plan_job(asked: Asked, path: Path, *, sample: int, offline: bool, by_layer:
 
 def _show(made: "Estimate", by_layer: bool) -> None:
     from actlake.jobs.plan.changes import advice
+    from actlake.jobs.plan.estimate import FEW_ROWS
 
     sizes, work, setting = made.sizes, made.workload, made.setting
     OUT.print(f"{made.job.model} into {made.job.dataset}", style="bold")
@@ -150,6 +153,11 @@ def _show(made: "Estimate", by_layer: bool) -> None:
         f"({work.n_padding / max(1, work.n_run):.1%}), {work.n_straddling:,} run twice, for sequences that lie in two "
         f"shards ({work.n_straddling / max(1, work.n_run):.1%})"
     )
+    if made.passes.n > 1:
+        OUT.print(
+            f"  passes     {made.passes.n} over each shard, each for a part of its hook points, all of which "
+            f"layout.shard_memory does not hold: {made.passes.forward:.1f}x the forward time"
+        )
     OUT.print(
         f"  bytes      {format_nbytes(sizes.raw_nbytes)} raw, {format_nbytes(sizes.nbytes)} stored; ratios from "
         f"{setting.ratios_from}"
@@ -160,11 +168,11 @@ def _show(made: "Estimate", by_layer: bool) -> None:
     _print_cost(made)
     OUT.print(Text.assemble(("store or recompute: ", "bold"), made.verdict.sentence()))
     OUT.print(Text.assemble(("cheapest change: ", "bold"), advice(made)))
-    if made.n_passes > 1:
+    if (proposed := made.proposed) is not None:
         OUT.print(
-            f"passes: shards of {made.spec.rows_per_shard:,} rows are small; {made.n_passes} passes, each over a part "
-            f"of the hook points, would give 32,768 or more for {made.n_passes}x the forward time: write "
-            f"{made.n_passes} jobs with other hook_points and the same layout.rows_per_shard; their rows line up"
+            f"passes: shards of {made.spec.rows_per_shard:,} rows are small; layout.rows_per_shard = {FEW_ROWS} makes "
+            f"larger ones in {proposed.n} passes, each over a part of the hook points, for {proposed.forward:.1f}x the "
+            "forward time and the same layout.shard_memory"
         )
 
 
@@ -215,9 +223,10 @@ def _print_machine(made: "Estimate") -> None:
 
 def _print_stages(made: "Estimate") -> None:
     from actlake.jobs.plan.stages import NAMES
+    from actlake.jobs.work import SHARDS_IN_FLIGHT
 
     stages, machine = made.stages, made.setting.machine
-    seconds = asdict(stages)
+    seconds = stages.alone()
     longest = max(seconds.values()) or 1.0
     bars = [
         (
@@ -232,16 +241,20 @@ def _print_stages(made: "Estimate") -> None:
         f"{made.job.plan.mfu or made.setting.rates.mfu:.0%} of the peak" if machine.gpu else "the rates of a CPU core"
     )
     OUT.print(
-        f"  time       {format_seconds(stages.now)}: a worker's stages one after another; "
-        f"{format_seconds(stages.overlapped)} if they overlapped. Binding: {NAMES[stages.binding]}. Forward at "
+        f"  time       {format_seconds(stages.total)}: {_overlap(made)}. Binding: {NAMES[stages.binding]}. Forward at "
         f"{speed}, {made.flops_per_token / 1e9:,.2f} Gflop a token"
     )
     if machine.gpu is not None:
         OUT.print(
-            f"  GPUs       {made.gpu_hours:,.1f} GPU-hours, idle {stages.idle(stages.now):.0%} of them "
-            f"({stages.idle(stages.overlapped):.0%} overlapped); about {made.n_failures:,.1f} interruptions, each of "
-            "one shard"
+            f"  GPUs       {made.gpu_hours:,.1f} GPU-hours, idle {stages.idle:.0%} of them; about "
+            f"{made.n_failures:,.1f} interruptions, each of {SHARDS_IN_FLIGHT} shards at most"
         )
+
+
+def _overlap(made: "Estimate") -> str:
+    if made.stages.on_gpu:
+        return "the stages overlap, so that of the slowest"
+    return "the stages overlap, but forward and encode share the cores: theirs together, or that of the slowest"
 
 
 def _print_cost(made: "Estimate") -> None:

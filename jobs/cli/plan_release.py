@@ -70,9 +70,9 @@ def _print_plans(found: "Release") -> None:
             f"{made.sizes.n_objects:,}",
             format_nbytes(made.sizes.largest_object),
             f"{made.gpu_hours:,.0f}",
-            format_seconds(made.stages.now),
+            format_seconds(made.stages.total),
             NAMES[made.stages.binding],
-            f"{made.stages.idle(made.stages.now):.0%} / {made.stages.idle(made.stages.overlapped):.0%}",
+            f"{made.stages.idle:.0%}",
             f"${made.cost.compute:,.0f}",
             f"${made.cost.month:,.0f}",
         )
@@ -87,7 +87,7 @@ def _print_plans(found: "Release") -> None:
         "GPU-\nhours",
         "time",
         "limit",
-        "GPU idle\n/ at best",
+        "GPU\nidle",
     )
     print_table((*names, "computing", "storage\na month"), rows)
     months = found.plans[0].job.plan.months
@@ -131,7 +131,7 @@ def _totals(made: "Estimate") -> tuple[float, ...]:
         made.sizes.n_objects,
         made.gpu_hours,
         made.n_failures,
-        made.stages.now,
+        made.stages.total,
         cost.compute,
         cost.requests,
         cost.month,

@@ -1,9 +1,9 @@
 """Bytes and progress as people read them. Light: what lists and shows must not load the driver."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -13,6 +13,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -24,8 +25,19 @@ def format_nbytes(nbytes: float) -> str:
     raise AssertionError(nbytes)
 
 
+class Bars(Progress):
+    """Progress bars, and a line of text below them."""
+
+    footer = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.footer:
+            yield Text(self.footer)
+
+
 @contextmanager
-def bars(console: Console) -> Iterator[Progress]:
+def bars(console: Console) -> Iterator[Bars]:
     """Progress bars with a free text; nothing but their last state where the console is no terminal."""
     columns = (
         SpinnerColumn(),
@@ -36,5 +48,5 @@ def bars(console: Console) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Bars(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress

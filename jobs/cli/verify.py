@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
-from actlake.jobs.cli.options import AsJson, Dataset, Options, parse_options
+from actlake.jobs.cli.options import AsJson, Dataset, Options, explaining, parse_options
 from actlake.jobs.cli.progress import bars, format_nbytes
 from actlake.storage.errors import BadInputError, DataError, NotFoundError
 
@@ -100,7 +100,8 @@ def verify_splits(
     places = [dataset]
     if (heldout := Store(dataset, options).child("heldout")).exists("spec.json"):
         places.append(heldout.url)
-    opened = [open_damaged(place, options) for place in places]
+    with explaining(dataset, options):
+        opened = [open_damaged(place, options) for place in places]
     corpus, of_corpus = _open_corpus(opened[0][0], checks, say)
     found = []
     for part, damage in opened:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from actlake.jobs.engines.ray_engine import cluster
+from actlake.jobs.engines.ray_cluster import cluster
 from actlake.shards.dataset import ActivationDataset
 from actlake.shards.verify import VerifyReport, completed, open_damaged, verify
 from actlake.storage.corpus import Corpus

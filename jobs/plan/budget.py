@@ -2,6 +2,7 @@
 
 from actlake.jobs.plan.estimate import Estimate
 from actlake.jobs.plan.machine import HERE
+from actlake.jobs.work import SHARDS_IN_FLIGHT
 from actlake.storage.errors import JobFileError
 
 
@@ -60,13 +61,18 @@ def _over_memory(plan: Estimate) -> list[str]:
 
 
 def _smaller_shard(plan: Estimate) -> str:
-    """Name the largest shard that fits, a power of two; else the number of workers."""
+    """Name the largest shards that fit, of a power of two of rows; else the number of workers."""
     memory, machine = plan.memory, plan.setting.machine
-    rest = memory.host - memory.shard
-    left = machine.memory // plan.n_workers - rest
-    n_rows = left // plan.spec.nbytes_per_row
+    n_shards = min(SHARDS_IN_FLIGHT, plan.sizes.n_shards)
+    left = machine.memory // plan.n_workers - (memory.host - memory.shard)
+    if plan.passes.n > 1 and (fitting := left // n_shards >> 20) > 0:
+        return f"layout.shard_memory = '{fitting}MiB' fits, with more passes"
+    n_rows = left // (n_shards * plan.spec.nbytes_per_row)
     if n_rows >= 1:
-        return f"layout.rows_per_shard = {1 << (n_rows.bit_length() - 1):_} fits"
+        held = ""
+        if n_shards > 1 and memory.shard // n_shards <= left:
+            held = f"that is room for one shard, a worker has {n_shards} in the making: "
+        return f"{held}layout.rows_per_shard = {1 << (n_rows.bit_length() - 1):_} fits"
     if (fewer := machine.memory // memory.host) >= 1:
         return f"run.workers = {fewer} fits"
     return "take a machine with more memory, a smaller model or fewer hook points"

@@ -26,7 +26,7 @@ def cheapest_change(plan: Estimate) -> Change | None:
         Change(
             text=text,
             saved=plan.cost.total(months) - other.cost.total(months),
-            hours_saved=(plan.stages.now - other.stages.now) / 3600,
+            hours_saved=(plan.stages.total - other.stages.total) / 3600,
         )
         for text, other in _candidates(plan)
     ]

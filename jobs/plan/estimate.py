@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from actlake.ingest.models import ModelShape
+from actlake.ingest.passes import plan_passes
+from actlake.ingest.shard_memory import uploads_of
 from actlake.jobs.jobfile import Job
 from actlake.jobs.plan.machine import Machine
 from actlake.jobs.plan.memory import WorkerMemory, worker_memory
@@ -15,10 +17,15 @@ from actlake.jobs.plan.sizes import ROWS, Sizes, sizes_of
 from actlake.jobs.plan.stages import Stages, stages_of, worker_rate
 from actlake.jobs.plan.transformer import flops_per_token
 from actlake.jobs.plan.workload import Workload
+from actlake.jobs.work import SHARDS_IN_FLIGHT
+from actlake.storage.errors import BadInputError
 from actlake.storage.hookpoints import HookPoint
 from actlake.storage.limits import split_options
 from actlake.storage.records import GROUP_SHARDS
 from actlake.storage.spec import DatasetSpec
+
+#: The store whose objects are written in pieces.
+LOCAL = "local"
 
 #: Fewer rows a shard than this mix badly and make small objects: then passes are proposed.
 FEW_ROWS = 32_768
@@ -40,6 +47,18 @@ class Setting:
     tokens_from: str | None = None
     n_rows_left: int | None = None
     widened: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """How often a shard's batches run: ``n`` times, which takes ``forward`` times the seconds of one whole pass.
+
+    ``nbytes`` are those of the largest pass in the memory of a shard.
+    """
+
+    n: int
+    forward: float
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +85,8 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of all accelerators, busy or not, as actlake works today."""
-        return self.stages.now / 3600 * self.setting.machine.n_gpus * self.setting.machine.count
+        """Hours of all accelerators, busy or not."""
+        return self.stages.total / 3600 * self.setting.machine.n_gpus * self.setting.machine.count
 
     @property
     def host_memory(self) -> int:
@@ -91,19 +110,43 @@ class Estimate:
         return self.gpu_hours * self.setting.rates.failures_per_gpu_hour
 
     @property
-    def n_passes(self) -> int:
-        """How many passes, each over a part of the hook points, give shards of 32,768 rows; 1: none are needed."""
-        if self.spec.rows_per_shard >= FEW_ROWS:
-            return 1
-        return -(-FEW_ROWS * self.spec.nbytes_per_row // self.job.layout.shard_memory)
+    def passes(self) -> Passes:
+        """The passes in which shards of these sizes are captured."""
+        return self.passes_at(self.spec.rows_per_shard)
+
+    def passes_at(self, rows_per_shard: int) -> Passes:
+        """Return the passes in which shards of so many rows would be captured."""
+        return passes_of(self.job, self.spec, self.shape, self.workload, rows_per_shard)
+
+    @property
+    def proposed(self) -> Passes | None:
+        """Passes that give shards of 32,768 rows where they are smaller; None where none are needed or possible."""
+        if self.spec.rows_per_shard >= FEW_ROWS or self.job.layout.rows_per_shard is not None:
+            return None
+        try:
+            return self.passes_at(FEW_ROWS)
+        except BadInputError:
+            return None
 
 
 def workers_of(job: Job, machine: Machine) -> int:
     """Return the workers on one machine: as asked for, else one for each GPU or group of GPUs, else one."""
     most = max(1, machine.n_gpus // job.run.gpus_per_worker)
-    if job.run.workers is None:
+    if job.run.most_workers is None:
         return most
-    return min(job.run.workers, most) if machine.gpu is not None else job.run.workers
+    return min(job.run.most_workers, most) if machine.gpu is not None else job.run.most_workers
+
+
+def passes_of(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload, rows_per_shard: int) -> Passes:
+    """Return the passes of shards of so many rows; ``BadInputError`` where a hook point does not fit even alone."""
+    n_rows = min(rows_per_shard, max(workload.n_rows.values(), default=0))
+    found = plan_passes(spec, n_rows, job.layout.shard_memory)
+    whole = flops_per_token(shape, spec.point_names, workload.sequence_tokens)
+    parts = [flops_per_token(shape, points, workload.sequence_tokens) for points in found]
+    arrays = spec.arrays()
+    columns = sum(array.nbytes_per_row for array in arrays.values() if array.width is None)
+    widest = max(sum(arrays[name].nbytes_per_row for name in points) for points in found)
+    return Passes(n=len(found), forward=sum(parts) / whole, nbytes=n_rows * (widest + columns))
 
 
 def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload, setting: Setting) -> Estimate:
@@ -114,6 +157,7 @@ def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload,
     flops = flops_per_token(shape, spec.point_names, workload.sequence_tokens)
     share = 1.0 if setting.n_rows_left is None else setting.n_rows_left / max(1, sizes.total_rows)
     mfu, n_workers = job.plan.mfu or rates.mfu, workers_of(job, machine)
+    passes = passes_of(job, spec, shape, workload, spec.rows_per_shard)
     stages = stages_of(
         machine,
         store,
@@ -127,9 +171,10 @@ def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload,
         codec=spec.codec.name,
         share=share,
         n_workers=n_workers,
+        passes=passes.forward,
     )
     n_parts = _metadata_objects(spec, sizes) + (_parts(job, sizes) if store.bills_parts else 0)
-    cost = cost_of(machine, store, sizes, seconds=stages.now, n_parts=n_parts)
+    cost = cost_of(machine, store, sizes, seconds=stages.total, n_parts=n_parts)
     rate = setting.tokens_per_s or worker_rate(machine, rates, n_workers, flops, mfu, spec.dtype)
     # Worker seconds of one forward pass over the corpus, for all hook points and as far as each of them.
     whole = (workload.n_tokens + workload.n_padding) / rate
@@ -146,7 +191,9 @@ def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload,
             spec,
             shape,
             shard_rows=min(spec.rows_per_shard, max(workload.n_rows.values(), default=0)),
-            largest_object=sizes.largest_object,
+            n_shards=min(SHARDS_IN_FLIGHT, sizes.n_shards),
+            pass_nbytes=passes.nbytes,
+            encoded=_encoded(job, sizes, machine.n_cpus // n_workers, remote=setting.store_name != LOCAL),
             context_length=job.corpus.context_length,
             on_gpu=machine.gpu is not None,
             widened=setting.widened,
@@ -164,6 +211,12 @@ def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload,
             reads=job.plan.reads,
         ),
     )
+
+
+def _encoded(job: Job, sizes: Sizes, n_threads: int, *, remote: bool) -> int:
+    """Return the bytes of the objects that a worker holds encoded; a remote store is given each in one piece."""
+    largest = sorted(sizes.object_nbytes, reverse=True)[: uploads_of(job.run.threads or max(1, n_threads))]
+    return sum(largest) * (2 if remote else 1)
 
 
 def _ratios(spec: DatasetSpec, setting: Setting) -> Callable[[str], float]:
@@ -234,14 +287,14 @@ def to_json(plan: Estimate) -> dict[str, Any]:
         "flops_per_token": plan.flops_per_token,
         "tokens_per_s": plan.setting.tokens_per_s,
         "tokens_from": plan.setting.tokens_from,
-        "seconds": asdict(plan.stages) | {"now": plan.stages.now, "overlapped": plan.stages.overlapped},
+        "seconds": plan.stages.alone() | {"total": plan.stages.total},
         "binding": plan.stages.binding,
-        "idle": plan.stages.idle(plan.stages.now) if machine.gpu else None,
-        "idle_overlapped": plan.stages.idle(plan.stages.overlapped) if machine.gpu else None,
+        "idle": plan.stages.idle if machine.gpu else None,
         "gpu_hours": plan.gpu_hours,
         "failures": plan.n_failures,
         "read_seconds": plan.read_seconds,
-        "passes": plan.n_passes,
+        "passes": asdict(plan.passes),
+        "proposed_passes": None if plan.proposed is None else asdict(plan.proposed) | {"rows_per_shard": FEW_ROWS},
         "cost": asdict(plan.cost) | {"total": plan.cost.total(plan.job.plan.months)},
         "store_or_recompute": asdict(verdict) | {"store": verdict.store, "sentence": verdict.sentence()},
     }

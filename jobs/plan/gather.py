@@ -19,7 +19,7 @@ from actlake.jobs.plan.machine import HERE, Machine, choose_machine
 from actlake.jobs.plan.rates import Rates, read_rates
 from actlake.jobs.plan.sources import measure_text, source_tokens
 from actlake.jobs.plan.workload import Workload
-from actlake.jobs.planning import plan_batching, plan_keep, plan_spec, special_ids
+from actlake.jobs.planning import plan_batching, plan_keep, plan_spec, require_context, special_ids
 from actlake.storage.corpus import Corpus
 from actlake.storage.errors import BadInputError, JobFileError, NotFoundError, SourceError
 from actlake.storage.header import Header
@@ -50,6 +50,7 @@ def plan_job(
     """
     rates = rates or read_rates()
     shape = model_shape(job.model, revision=job.revision)
+    require_context(job, shape)
     store = Store(job.dataset, job.storage_options)
     spec = plan_spec(job, model=_unread(job), shape=shape, corpus_id="", keep=KeepRule(), split="train")
     header = None if offline else _header(store)

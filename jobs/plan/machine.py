@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from actlake.jobs.plan.options import PlanOptions
 from actlake.jobs.plan.rates import Gpu, Rates
@@ -13,7 +13,7 @@ from actlake.storage.errors import JobFileError, UnknownNameError, nearest
 
 HERE = "here"
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def _here(rates: Rates, device: str) -> Machine:
 
 
 def _gpu_names() -> list[str]:
-    """Return this machine's GPUs by name; without the seconds that importing torch takes."""
+    """Return the GPUs that this process sees by name; without the seconds that importing torch takes."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -98,14 +98,29 @@ def _gpu_names() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         # A driver without a GPU: nothing to reckon with.
         return []
-    return done.stdout.splitlines()
+    names, visible = done.stdout.splitlines(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    # A scheduler gives some of them; which kind each is does not matter where all are of one.
+    return names if visible is None else names[: len([one for one in visible.split(",") if one.strip()])]
 
 
 def memory_here() -> int:
-    """Return the bytes of memory that this process may use: the machine's, or its container's."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of memory that this process may use: the machine's, or those of its container or batch job."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for folder in _cgroups():
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+        except OSError:
+            continue
+        if limit.isdecimal():
+            limits.append(int(limit))
+    return min(limits)
+
+
+def _cgroups() -> list[Path]:
+    """Return the control groups (version 2) that this process is in: its own, as Slurm makes one, and those above."""
     try:
-        limit = _CGROUP_LIMIT.read_text().strip()
+        lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdecimal() else total
+        lines = []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return [_CGROUPS / own, *(_CGROUPS / parent for parent in PurePosixPath(own).parents)]

@@ -1,6 +1,6 @@
 """What one worker takes of memory: predicted from the spec and the model's shape, measured against real workers.
 
-``tests/jobs/test_plan_memory.py`` and ``docs/planning.md`` have the comparison.
+``tests/integration/test_plan_memory.py`` and ``docs/planning.md`` have the comparison.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,8 +9,9 @@ from actlake.ingest.models import ModelShape
 from actlake.jobs.plan.transformer import block_parameters, embedding_parameters
 from actlake.storage.spec import DatasetSpec
 
-#: Python, torch for CPUs, transformers, numpy, pyarrow: measured, torch 2.13.0.
-_PROCESS = 320_000_000
+#: Python, torch for CPUs, transformers with what it imports for a model, numpy, pyarrow: measured, torch 2.13.0. Of
+#: what is installed beside actlake, transformers imports more.
+_PROCESS = 400_000_000
 #: A Ray worker process beside that: measured, ray 2.60.
 _RAY = 90_000_000
 #: torch with CUDA, its kernels and the host side of a context: an assumption, not measured with actlake.
@@ -19,6 +20,8 @@ _CUDA = 2_500_000_000
 _LOADING = 70_000_000
 #: Working tensors of a forward pass in numbers of the MLP's width in float32 a token: measured, 270M, 4,096 tokens.
 _WORKING = 8
+#: Pinned buffers at most, each of the widest hook point of a batch (``ingest/landing.py``).
+_PINNED = 8
 #: Row groups of the corpus that are kept decoded, sequences in one, bytes a token of them and a row of a shard.
 _GROUPS, _GROUP_SEQUENCES, _TOKEN_NBYTES, _ROW_NBYTES = 4, 1_024, 5, 48
 
@@ -27,7 +30,10 @@ _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
-    """Bytes of one worker at its highest: in host memory, and on each of its GPUs (0 without one)."""
+    """Bytes of one worker at its highest: in host memory, and on each of its GPUs (0 without one).
+
+    ``shard`` are all that it has in the making, ``encoded`` the objects on their way to the store.
+    """
 
     process: int
     model: int
@@ -51,15 +57,18 @@ def worker_memory(
     shape: ModelShape,
     *,
     shard_rows: int,
-    largest_object: int,
+    pass_nbytes: int,
+    encoded: int,
     context_length: int,
     on_gpu: bool,
     widened: bool,
     n_gpus: int = 1,
+    n_shards: int = 2,
     ray: bool = True,
 ) -> WorkerMemory:
-    """Return what a worker takes that builds shards of ``shard_rows`` rows.
+    """Return what a worker takes that has ``n_shards`` shards of ``shard_rows`` rows in the making.
 
+    ``pass_nbytes`` are those of the largest pass of a shard, ``encoded`` those of the objects that are under way.
     ``widened``: linear layers are held as float32, as on CPUs without bfloat16 (``ingest/cpu_bf16.py``). Weights are
     spread over ``n_gpus``.
     """
@@ -73,10 +82,10 @@ def worker_memory(
         process=_PROCESS + _RAY * ray + _CUDA * on_gpu,
         # On their way to a GPU the weights pass through host memory, and what they leave is used for the shard.
         model=0 if on_gpu else held + _LOADING,
-        corpus=_GROUPS * _GROUP_SEQUENCES * context_length * _TOKEN_NBYTES + shard_rows * _ROW_NBYTES,
-        shard=max(shard_rows * spec.nbytes_per_row, weights if on_gpu else 0),
+        corpus=_GROUPS * _GROUP_SEQUENCES * context_length * _TOKEN_NBYTES + n_shards * shard_rows * _ROW_NBYTES,
+        shard=max(n_shards * pass_nbytes, weights if on_gpu else 0),
         # The last batch's tensors are dropped once the next one's are there.
-        batch=spec.batch_tokens * widest * itemsize if on_gpu else 2 * captured + working,
-        encoded=largest_object,
+        batch=_PINNED * spec.batch_tokens * widest * itemsize if on_gpu else 2 * captured + working,
+        encoded=encoded,
         gpu=weights // n_gpus + 2 * captured + working if on_gpu else 0,
     )

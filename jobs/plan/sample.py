@@ -124,8 +124,8 @@ def _run(
 
     The first batch is run twice and timed once: it warms up kernels and memory.
     """
+    from actlake.ingest.batch_feed import gathered, run_batch, take
     from actlake.ingest.batching import plan_batches
-    from actlake.ingest.build import gathered, run_batch, take
 
     n_rows = sum(map(len, rows.places))
     memory: dict[str, npt.NDArray[Any]] = {}

@@ -72,8 +72,13 @@ class Sizes:
     @property
     def largest_object(self) -> int:
         """The stored bytes of a full shard of the largest array."""
+        return max(self.object_nbytes, default=0)
+
+    @property
+    def object_nbytes(self) -> tuple[int, ...]:
+        """The stored bytes of a full shard of each array."""
         full = min(self.rows_per_shard, max(self.n_rows.values(), default=0))
-        return max((round(array.nbytes * full / max(1, self.total_rows)) for array in self.arrays), default=0)
+        return tuple(round(array.nbytes * full / max(1, self.total_rows)) for array in self.arrays)
 
     def by_stream(self) -> dict[str, tuple[int, int, int]]:
         """Return hook points, raw and stored bytes of each stream, the row columns last."""

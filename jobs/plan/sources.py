@@ -1,11 +1,12 @@
 """How many tokens the sources of a job hold, reckoned from the sizes of their files and from the first megabyte."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actlake.ingest.documents import Document
 from actlake.ingest.records import Fields
+from actlake.ingest.replies import ENDING
 from actlake.ingest.sources import describe_sources, read_documents
 from actlake.ingest.tokenising import token_ids
 from actlake.jobs.jobfile import Job
@@ -40,9 +41,12 @@ def first_documents(job: Job, tokenizer: Any, n_characters: int) -> Iterator[Doc
     # The driver plans each run, so it imports this module.
     from actlake.jobs.corpus import UNKNOWN, corpus_spec
 
-    spec = corpus_spec(job, tokenizer, UNKNOWN)
+    fields = Fields.of(corpus_spec(job, tokenizer, UNKNOWN))
+    if job.corpus.replies is not None:
+        # Replies bring that label; the sources have none.
+        fields = replace(fields, metadata=tuple(name for name in fields.metadata if name != ENDING))
     left = n_characters
-    for document in read_documents(job.corpus.sources, Fields.of(spec), storage_options=dict(job.storage_options)):
+    for document in read_documents(job.corpus.sources, fields, storage_options=dict(job.storage_options)):
         if not isinstance(document, Document):
             continue
         yield document

@@ -1,11 +1,12 @@
 """How long each stage of an ingestion takes on a machine, which of them binds, and what the accelerator does meanwhile.
 
-actlake runs the stages of one shard one after another: forward passes with copies to host memory, then statistics and
-encoding, then the upload. So today's time is their sum; were they to overlap, it would be that of the slowest.
+The stages overlap: while one shard's batches run through the model and go to host memory, the shard before it is
+encoded and uploaded. So the time is that of the slowest stage; where a CPU runs the model, forward passes and encoding
+share its cores, and their seconds add up.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from actlake.jobs.plan.machine import Machine
 from actlake.jobs.plan.rates import Rates, StoreRates
@@ -27,26 +28,32 @@ class Stages:
     encode: float
     nic: float
     store: float
+    on_gpu: bool
 
     @property
-    def now(self) -> float:
-        """Seconds as actlake works today: a worker's stages one after another, requests as fast as the store takes."""
-        return max(self.forward + self.host + self.encode + self.nic, self.store)
+    def total(self) -> float:
+        """Seconds of the whole: those of the slowest stage, for they overlap."""
+        return max(self.computing, self.encode, self.host, self.nic, self.store)
 
     @property
-    def overlapped(self) -> float:
-        """Seconds if all stages ran at the same time: those of the slowest."""
-        return max(self.forward, self.host, self.encode, self.nic, self.store)
+    def computing(self) -> float:
+        """Seconds of the forward passes; without GPUs also those of encoding, which then takes the same cores."""
+        return self.forward + (0.0 if self.on_gpu else self.encode)
 
     @property
     def binding(self) -> str:
         """The name of the slowest stage."""
-        seconds = asdict(self)
+        seconds = self.alone()
         return max(seconds, key=lambda name: seconds[name])
 
-    def idle(self, seconds: float) -> float:
-        """Return the share of ``seconds`` in which the accelerator computes nothing."""
-        return 1 - self.forward / seconds if seconds else 0.0
+    def alone(self) -> dict[str, float]:
+        """Return the seconds of each stage by name."""
+        return {name: getattr(self, name) for name in NAMES}
+
+    @property
+    def idle(self) -> float:
+        """The share of the time in which the accelerators compute nothing."""
+        return 1 - self.forward / self.total if self.total else 0.0
 
 
 def stages_of(
@@ -63,10 +70,12 @@ def stages_of(
     codec: str,
     share: float,
     n_workers: int,
+    passes: float = 1.0,
 ) -> Stages:
     """Return the seconds of each stage for ``share`` of a dataset, with ``n_workers`` on each machine.
 
-    ``tokens_per_s`` is one worker's, where that is measured.
+    ``tokens_per_s`` is one worker's, where that is measured. ``passes`` are the forward passes of a batch, each counted
+    as the part of the whole depth that it runs.
     """
     one = tokens_per_s or worker_rate(machine, rates, n_workers, flops_per_token, mfu, dtype)
     rate = n_workers * machine.count * one
@@ -75,13 +84,14 @@ def stages_of(
     if machine.gpu is not None:
         host = raw / (machine.gpu.host_gb_s * 1e9 * _LINK_SHARE * machine.n_gpus * machine.count)
     return Stages(
-        forward=n_run * share / rate,
+        forward=n_run * share * passes / rate,
         host=host,
         encode=raw / 1e9 * rates.encode_s_per_gb(codec) / (machine.n_cpus * machine.count),
         nic=0.0 if machine.nic is None else stored / (machine.nic * machine.count),
         store=0.0
         if store.writes_per_s is None
         else ramped_seconds(sizes.n_objects * share, store.writes_per_s, store.doubling_s),
+        on_gpu=machine.gpu is not None,
     )
 
 

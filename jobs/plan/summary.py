@@ -13,7 +13,7 @@ def paragraph(plan: Estimate) -> str:
         f"plan: {sizes.total_rows:,} rows in {sizes.n_shards:,} shards and {sizes.n_objects:,} objects{todo}; "
         f"{_gb(sizes.raw_nbytes)} raw, about {_gb(sizes.nbytes)} stored. {plan.workload.n_run:,} tokens through "
         f"the model, {plan.workload.n_straddling:,} of them twice and {plan.workload.n_padding:,} padding: about "
-        f"{_minutes(plan.stages.now)} on {machine.count} x {machine.name}, {NAMES[plan.stages.binding]} binds. "
+        f"{_minutes(plan.stages.total)} on {machine.count} x {machine.name}, {NAMES[plan.stages.binding]} binds. "
         f"{plan.n_workers} worker(s) of {_gb(memory.host)} memory"
     )
     if (cost := plan.cost.total(plan.job.plan.months)) > 0:

@@ -13,7 +13,7 @@ import hcl2
 import pytest
 import typer
 
-from actlake.jobs.cli import demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
+from actlake.jobs.cli import cluster, demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
 from actlake.jobs.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def test_kubectl_applies_what_kustomize_builds() -> None:
     for words in commands("kubectl"):
         if "-k" in words:
             assert (ROOT / words[words.index("-k") + 1] / "kustomization.yaml").is_file()
-    assert sum("-k" in words for words in commands("kubectl")) == 2
+    assert sum("-k" in words for words in commands("kubectl")) == 4
 
 
 def test_secrets_are_those_that_the_pods_read() -> None:
@@ -93,12 +93,12 @@ def test_terraforms_names_are_those_of_the_module() -> None:
 
 
 def test_names_on_google_cloud_are_terraforms() -> None:
-    cluster = (MODULE / "cluster.tf").read_text()
+    terraform = (MODULE / "cluster.tf").read_text()
     assert ["gcloud", "container", "clusters", "get-credentials", "actlake", "--region", "us-central1"] in list(
         commands()
     )
-    assert re.search(r'resource "google_container_cluster" "main" \{\s+name\s+= "actlake"', cluster)
-    assert 'repository_id = "actlake"' in cluster
+    assert re.search(r'resource "google_container_cluster" "main" \{\s+name\s+= "actlake"', terraform)
+    assert 'repository_id = "actlake"' in terraform
     for words in commands("docker"):
         assert words[-1].startswith("us-central1-docker.pkg.dev/YOUR-PROJECT/actlake/actlake:")
 

@@ -16,9 +16,9 @@ import pytest
 import typer
 import yaml
 
-from actlake.jobs.cli import demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
+from actlake.jobs.cli import cluster, demo, ingest, query, report, sql, stats, verify  # noqa: F401 - each registers
 from actlake.jobs.cli.app import app
-from actlake.jobs.jobfile import parse_job
+from actlake.jobs.jobfile import RunOptions, WorkerRange, parse_job
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "infra/kuberay"
@@ -168,8 +168,11 @@ def test_the_job_file_parses_and_fits_the_pods() -> None:
     gpu = base()["spec"]["workerGroupSpecs"][1]
     (container,) = gpu["template"]["spec"]["containers"]
     assert job.run.device == "cuda"
-    # The engine starts as many workers as there are nodes for; one asked for beyond them would not be there.
-    assert job.run.workers == gpu["replicas"] == gpu["minReplicas"]
+    # Workers beyond what nodes can be made for would wait for ever; no node is kept without a job.
+    assert isinstance(job.run.workers, WorkerRange)
+    assert job.run.workers.max <= gpu["maxReplicas"]
+    assert gpu["replicas"] == gpu["minReplicas"] == 0
+    assert job.run.start_timeout > RunOptions(workers=1).start_timeout
     assert job.run.threads is not None
     assert job.run.threads <= int(container["resources"]["limits"]["cpu"])
     gib = int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
@@ -197,9 +200,9 @@ def test_ray_is_the_locked_one() -> None:
 
 def pods(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     spec = manifest["spec"]
-    cluster = spec.get("rayClusterSpec", spec)
-    yield cluster["headGroupSpec"]["template"]
-    yield from (group["template"] for group in cluster["workerGroupSpecs"])
+    described = spec.get("rayClusterSpec", spec)
+    yield described["headGroupSpec"]["template"]
+    yield from (group["template"] for group in described["workerGroupSpecs"])
     if "submitterPodTemplate" in spec:
         yield spec["submitterPodTemplate"]
 

@@ -198,6 +198,8 @@ def test_an_uncached_model_without_network_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ModelAccessError, match="is not in the local cache"):
         model_shape("someone/no-such-model")
+    with pytest.raises(ModelAccessError, match=r"did you mean 'google/gemma-3-1b-[pi]t'\?"):
+        model_shape("google/gemma-3-1b")
 
 
 def test_a_hub_model_bears_its_commit_and_its_blobs_hashes(

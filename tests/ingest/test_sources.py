@@ -291,6 +291,12 @@ def test_a_filter_over_other_kinds_or_fields_is_refused(tmp_path: Path) -> None:
     _raises(
         "holds no documents that its filters let through", f"{tmp_path}/a.jsonl", filters=(Filter.parse("score == 1"),)
     )
+    # No record can pass it: the field that none has is the reason.
+    _raises(
+        "no record has the field 'scor'; did you mean 'score'",
+        f"{tmp_path}/a.jsonl",
+        filters=(Filter.parse("scor == 1"),),
+    )
 
 
 def test_bad_documents_are_yielded_in_their_places(tmp_path: Path) -> None:

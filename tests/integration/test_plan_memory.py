@@ -14,7 +14,7 @@ _JOB = """\
 dataset = "{folder}/ds"
 model = "{model}"
 hook_points = ["layers.[0-8].*"]
-max_rows = 2048
+max_rows = 3072
 [capture]
 batch_tokens = 1024
 [corpus]
@@ -22,27 +22,31 @@ sources = ["builtin:python-docs"]
 context_length = 512
 holdout = 0.0
 [layout]
-rows_per_shard = 2048
+rows_per_shard = 1024
 [run]
 threads = 1
 """
 
-#: Runs the job's driver as far as the work order; then, in a process of its own, one worker over one shard.
+#: Runs the job's driver as far as the work order; then, in a process of its own, one worker that has as many shards in
+#: the making as it may.
 _DRIVER = """
 import pickle, sys
 from actlake.jobs import ingestion
 from actlake.jobs.jobfile import read_job
-def keep(job, plan, order, engine, address, hear):
-    pickle.dump((order, plan.missing[0]), open(sys.argv[2], "wb"))
+def keep(job, ready, order, *rest):
+    pickle.dump((order, list(ready.plan.missing)), open(sys.argv[2], "wb"))
     return []
 ingestion._build_missing = keep
 ingestion.ingest(read_job(sys.argv[1]), engine="local")
 """
 _WORKER = """
 import json, pickle, sys
+from concurrent.futures import ThreadPoolExecutor
 from actlake.jobs.work import Worker
-order, task = pickle.load(open(sys.argv[1], "rb"))
-Worker(order).build(task)
+order, tasks = pickle.load(open(sys.argv[1], "rb"))
+worker = Worker(order)
+with ThreadPoolExecutor(worker.n_concurrent) as threads:
+    assert len(list(threads.map(worker.build, tasks))) == 3
 peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
 print(json.dumps(int(peak[0].split()[1]) * 1024))
 """

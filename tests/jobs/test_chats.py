@@ -169,7 +169,7 @@ def test_a_mask_that_keeps_nothing_names_the_roles_that_are_there(run: Run) -> N
 
 
 def test_another_mask_at_the_same_place_is_refused(run: Run, whole: ActivationDataset) -> None:
-    with pytest.raises(SpecMismatchError, match=r"keep\.roles: here None, there \['model', 'reasoning'\]"):
+    with pytest.raises(SpecMismatchError, match=r"keep\.roles: here absent, there \['model', 'reasoning'\]"):
         run("all", "model-turns")
 
 

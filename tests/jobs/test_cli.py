@@ -351,6 +351,7 @@ def test_an_interrupted_ingestion_says_so_and_the_next_one_goes_on(
 #: The command line with a worker whose encoding threads are busy for a minute at shard 2.
 BUSY = """
 import sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from actlake.ingest.build import ShardBuilder
 from actlake.jobs.cli import main
@@ -362,7 +363,7 @@ def busy(seconds):
     time.sleep(seconds)
 
 def build_two(self, shard, *rest):
-    return build(self, shard, *rest) if shard < 2 else list(self._pool.map(busy, [60]))
+    return build(self, shard, *rest) if shard < 2 else list(ThreadPoolExecutor(1).map(busy, [60]))
 
 ShardBuilder.build = build_two
 main()
@@ -375,7 +376,8 @@ def test_a_busy_worker_does_not_hold_up_an_interrupted_process(
     job, moment = write_job(), tmp_path / "busy"
     command = [sys.executable, "-c", BUSY, "ingest", str(job), "--engine", "local", str(moment)]
     assert interrupt(command, moment) == INTERRUPTED
-    assert actlake.open(tmp_path / "ds").missing_shards == [2, 3, 4, 5]
+    # Shard 1 may still have been on its way to the disk.
+    assert set(actlake.open(tmp_path / "ds").missing_shards) >= {2, 3, 4, 5}
     check_the_next_run(job, reference)
 
 
@@ -410,7 +412,7 @@ def test_a_terminal_shows_bars_for_corpus_shards_and_verify(write_job: Write, tm
     code, shown = in_terminal("ingest", write_job(), "--engine", "local")
     assert code == 0, shown
     assert re.search(r"corpus.*60 documents", shown)
-    assert re.search(r"shards.*100%.*8/8 committed, .*rows/s", shown)
+    assert re.search(r"shards.*100%(.|\n)*8/8 shards, 0 in flight, 0 failed, 875/875 rows, .*rows/s", shown)
     code, shown = in_terminal("verify", tmp_path / "ds")
     assert code == 0, shown
     assert re.search(r"verify.*100%.*train", shown)

@@ -76,6 +76,14 @@ def test_a_corpus_is_built_shown_and_read_by_itself(tmp_path: Path, tiny_model: 
     assert run("corpus", "head", tmp_path / "c", "-n", 100_000).exit_code == 0
 
 
+def test_a_split_without_sequences_is_said_to_be_empty(tmp_path: Path, tiny_model: Path, texts: Path) -> None:
+    job = write_job(tmp_path / "job.toml", tiny_model, texts)
+    job.write_text(job.read_text().replace("holdout = 0.2", "holdout = 0.0"))
+    built(run("corpus", "build", job, "--url", tmp_path / "c", "--engine", "local", "--json"))
+    assert run("corpus", "head", tmp_path / "c", "--split", "heldout").output.startswith("no sequences in the split")
+    assert built(run("corpus", "head", tmp_path / "c", "--split", "heldout", "--json")) == []
+
+
 def test_new_files_are_appended_by_build_and_refused_by_ingest(tmp_path: Path, tiny_model: Path, texts: Path) -> None:
     head = f'dataset = "{tmp_path}/ds"\nhook_points = ["layers.1.resid_post"]\n'
     more = f'url = "{tmp_path}/c"\n[layout]\nrows_per_shard = 64\nrows_per_chunk = 32\n[run]\nthreads = 1\n'

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from actlake.jobs import ingestion
 from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
+from actlake.jobs.plan.gather import plan_job
 from actlake.storage.errors import (
     BadInputError,
     JobFileError,
@@ -129,8 +131,9 @@ def test_what_cannot_be_done_is_refused_before_anything_is_made(
 def test_a_context_longer_than_the_model_is_refused(write_job: Write, tmp_path: Path) -> None:
     path = write_job()
     path.write_text(path.read_text().replace("context_length = 32", "context_length = 512"))
-    with pytest.raises(JobFileError, match=r"context_length = 512 is longer than .*'s 256"):
-        ingest(read_job(path), engine="local")
+    for check in (plan_job, partial(ingest, engine="local")):
+        with pytest.raises(JobFileError, match=r"context_length = 512 is longer than .*'s 256"):
+            check(read_job(path))
 
 
 def test_a_shard_that_fails_is_named_after_all_others_are_done(

@@ -45,10 +45,12 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
         'max_tokens = 1_000\nurl = "data/c"\nmetadata = ["category", "turns"]\n'
         'messages_field = "chat"\nid_field = "key"\nfilters = ["language == \'en\'"]\nchat_template = "gemma"\n'
         'reasoning = "<r>(.*?)</r>"\non_bad = "quarantine"\nmax_document_tokens = 9_000\nstride = 256\n'
+        'split_by = "prompt"\n'
         "replies = {max_new_tokens = 99, temperature = 0.5, seed = 3, n = 2}\n"
         '[layout]\nrows_per_shard = 16_384\nrows_per_chunk = 1_024\nrows_per_block = 8_192\nshard_memory = "2GiB"\n'
         'order = "sequence"\ncodec = "none"\n'
         '[run]\nworkers = 2\nthreads = 3\ndevice = "cpu"\nattempts = 5\n'
+        'resources = { spot = 1 }\nplacement = "spread"\nstart_timeout = 60\n'
         '[storage_options]\ntoken = "anon"\n'
     )
     job = read_job(path)
@@ -66,7 +68,7 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
         "max_tokens": 1000, "url": "data/c", "metadata": ("category", "turns"),
         "messages_field": "chat", "id_field": "key", "filters": ("language == 'en'",), "chat_template": "gemma",
         "reasoning": "<r>(.*?)</r>", "on_bad": "quarantine", "max_document_tokens": 9000, "stride": 256,
-        "weights": {}, "quotas": {},
+        "split_by": "prompt", "weights": {}, "quotas": {},
         "replies": RepliesOptions(model="same", max_new_tokens=99, temperature=0.5, seed=3, n=2),
     }  # fmt: skip
     assert vars(job.layout) == {
@@ -75,7 +77,8 @@ def test_every_value_of_the_file_arrives(tmp_path: Path) -> None:
     }  # fmt: skip
     assert vars(job.run) == {
         "workers": 2, "threads": 3, "device": "cpu", "attempts": 5, "attn_implementation": None, "compile": False,
-        "device_map": None, "gpus_per_worker": 1,
+        "device_map": None, "gpus_per_worker": 1, "resources": {"spot": 1}, "placement": "spread",
+        "start_timeout": 60.0,
     }  # fmt: skip
     assert job.storage_options == {"token": "anon"}
     assert "anon" not in repr(job)

@@ -16,8 +16,8 @@ from actlake.jobs.jobfile import CaptureOptions, CorpusOptions, Job, LayoutOptio
 from actlake.jobs.plan import workload
 from actlake.jobs.plan.budget import check
 from actlake.jobs.plan.changes import advice, cheapest_change
-from actlake.jobs.plan.estimate import Estimate, Setting, estimate
-from actlake.jobs.plan.machine import choose_machine, memory_here
+from actlake.jobs.plan.estimate import Estimate, Setting, changed, estimate
+from actlake.jobs.plan.machine import Machine, choose_machine, memory_here
 from actlake.jobs.plan.memory import worker_memory
 from actlake.jobs.plan.money import Cost, store_or_recompute
 from actlake.jobs.plan.options import BudgetOptions, PlanOptions
@@ -227,14 +227,20 @@ def test_stages_follow_from_the_rates() -> None:
     assert stages.encode == pytest.approx(raw / 1e9 * 7.1 / 208)
     assert stages.nic == pytest.approx(plan.sizes.nbytes / 25e9)
     assert stages.store == pytest.approx(plan.sizes.n_objects / 1000)
-    assert stages.now == pytest.approx(stages.forward + stages.host + stages.encode + stages.nic)
-    assert stages.overlapped == stages.encode
+    assert stages.total == stages.encode
     assert stages.binding == "encode"
     unpacked = made(job_of(layout=LayoutOptions(codec="none")))
     assert unpacked.stages.encode == pytest.approx(raw / 1e9 * 2.2 / 208)
     assert unpacked.stages.binding == "nic"
-    assert stages.idle(stages.overlapped) == pytest.approx(1 - stages.forward / stages.encode)
-    assert plan.gpu_hours == pytest.approx(stages.now / 3600 * 8)
+    assert stages.idle == pytest.approx(1 - stages.forward / stages.encode)
+    assert plan.gpu_hours == pytest.approx(stages.total / 3600 * 8)
+
+
+def test_without_gpus_forward_and_encode_share_the_cores() -> None:
+    machine = Machine(name="cpu", count=1, gpu=None, n_gpus=0, n_cpus=4, memory=2**36, nic=None, hour=0.0, spot=False)
+    stages = changed(made(job_of()), machine=machine).stages
+    assert stages.total == pytest.approx(stages.forward + stages.encode)
+    assert stages.host == 0
 
 
 def test_measured_tokens_a_second_replace_the_rates_and_half_the_rows_take_half_the_time() -> None:
@@ -248,7 +254,7 @@ def test_measured_tokens_a_second_replace_the_rates_and_half_the_rows_take_half_
 
 def test_machines_share_the_work_and_the_bill_stays() -> None:
     one, four = made(job_of()), made(job_of(plan=replace(ON_GCS, machines=4)))
-    assert four.stages.now == pytest.approx(one.stages.now / 4)
+    assert four.stages.total == pytest.approx(one.stages.total / 4)
     assert four.cost.compute == pytest.approx(one.cost.compute)
 
 
@@ -279,7 +285,7 @@ def test_prices_are_those_of_the_table() -> None:
     assert plan.cost.n_class_a == plan.sizes.n_objects + 76 + 4
     assert plan.cost.requests == pytest.approx(plan.cost.n_class_a * 5e-6)
     assert plan.cost.read == pytest.approx((plan.sizes.n_chunks + plan.sizes.n_objects) * 4e-7)
-    assert plan.cost.compute == pytest.approx(plan.stages.now / 3600 * 87.83)
+    assert plan.cost.compute == pytest.approx(plan.stages.total / 3600 * 87.83)
 
 
 def test_where_parts_are_billed_large_objects_take_many_requests() -> None:
@@ -349,11 +355,25 @@ def test_a_budget_of_dollars_counts_computing_and_storage() -> None:
 
 def test_too_little_memory_is_refused_with_the_largest_shard_that_fits() -> None:
     small = replace(ON_GCS, gpus=1, memory=10 * 2**30)
-    with pytest.raises(JobFileError, match=r"layout.rows_per_shard = 65_536 fits") as refused:
+    with pytest.raises(JobFileError, match=r"layout.rows_per_shard = 16_384 fits") as refused:
         check(made(job_of(plan=small)))
     assert "1 worker(s) would take" in str(refused.value)
     check(made(job_of(plan=small)), memory=False)
-    check(made(job_of(plan=small, layout=LayoutOptions(rows_per_shard=65_536))))
+    check(made(job_of(plan=small, layout=LayoutOptions(rows_per_shard=16_384))))
+
+
+def test_where_one_shard_fits_and_two_do_not_the_advice_says_so() -> None:
+    layout = LayoutOptions(rows_per_shard=65_536)
+    plan = made(job_of(layout=layout))
+    room = plan.memory.host - plan.memory.shard // 3
+    small = replace(ON_GCS, gpus=1, memory=room)
+    with pytest.raises(JobFileError, match=r"room for one shard, a worker has 2 in the making: .* = 32_768 fits"):
+        check(made(job_of(plan=small, layout=layout)))
+    check(made(job_of(plan=small, layout=layout, max_rows=60_000)))  # a single shard
+    passes = LayoutOptions(rows_per_shard=65_536, shard_memory=plan.passes.nbytes - 1)
+    tiny = replace(small, memory=plan.memory.host - plan.memory.shard * 3 // 4)
+    with pytest.raises(JobFileError, match=r"layout.shard_memory = '\d+MiB' fits, with more passes"):
+        check(made(job_of(plan=tiny, layout=passes)))
 
 
 def test_a_model_that_does_not_fit_its_gpu_is_refused() -> None:
@@ -363,10 +383,29 @@ def test_a_model_that_does_not_fit_its_gpu_is_refused() -> None:
 
 
 def test_passes_are_proposed_where_shards_are_small() -> None:
-    assert made(job_of()).n_passes == 1
+    assert made(job_of()).passes.n == 1
+    assert made(job_of()).proposed is None
     wide = made(job_of("google/gemma-3-27b-pt"))
-    assert wide.spec.rows_per_shard == 4096
-    assert wide.n_passes == -(-32_768 * wide.spec.nbytes_per_row // 2**34)
+    assert (wide.spec.rows_per_shard, wide.passes.n, wide.passes.forward) == (4096, 1, 1.0)
+    proposed = wide.proposed
+    assert proposed is not None
+    assert proposed.n == -(-32_768 * wide.spec.nbytes_per_row // 2**34)
+    # Layers 62, 50, 38, ... : each pass runs as far as its own deepest hook point.
+    assert 0.5 * proposed.n < proposed.forward < 0.65 * proposed.n
+    taken = made(job_of("google/gemma-3-27b-pt", layout=LayoutOptions(rows_per_shard=32_768)))
+    assert (taken.passes, taken.proposed) == (proposed, None)
+    per_token = [plan.stages.forward / plan.workload.n_run for plan in (taken, wide)]
+    assert per_token[0] == pytest.approx(proposed.forward * per_token[1])
+    assert proposed.nbytes <= 2**34
+    # On their way to the GPU the weights take more of the host's memory than two shards do.
+    assert taken.memory.shard > 2 * proposed.nbytes
+
+
+def test_the_memory_of_a_shard_is_no_part_of_a_dataset_whose_rows_per_shard_are_given() -> None:
+    specs = [spec_of(job_of(layout=LayoutOptions(rows_per_shard=4096, shard_memory=n))) for n in (2**26, 2**34)]
+    assert specs[0].dataset_id == specs[1].dataset_id
+    with pytest.raises(JobFileError, match=r"= 65,536 rows of the widest hook point, .* use rows_per_shard = 16,384"):
+        spec_of(job_of(layout=LayoutOptions(rows_per_shard=65_536, shard_memory=2**26)))
 
 
 # --- memory, words ------------------------------------------------------------------------------------------------
@@ -375,9 +414,11 @@ def test_passes_are_proposed_where_shards_are_small() -> None:
 def test_memory_counts_weights_shard_and_batch() -> None:
     job = job_of(layout=LayoutOptions(rows_per_shard=4096))
     spec, shape = spec_of(job), model_shape(job.model)
-    values: dict[str, Any] = {"shard_rows": 4096, "largest_object": 7, "context_length": 1024, "widened": False}
+    values: dict[str, Any] = {"shard_rows": 4096, "encoded": 7, "context_length": 1024, "widened": False}
+    values["pass_nbytes"] = 4096 * spec.nbytes_per_row
     on_cpu = worker_memory(spec, shape, on_gpu=False, **values)
-    assert on_cpu.shard == 4096 * spec.nbytes_per_row
+    assert on_cpu.shard == 2 * 4096 * spec.nbytes_per_row
+    assert worker_memory(spec, shape, on_gpu=False, n_shards=1, **values).shard == 4096 * spec.nbytes_per_row
     assert (on_cpu.encoded, on_cpu.gpu) == (7, 0)
     assert on_cpu.host == sum(on_cpu.parts().values())
     widened = worker_memory(spec, shape, on_gpu=False, **(values | {"widened": True}))

@@ -1,6 +1,7 @@
 """Looking at datasets: `ls`, `show`, `head`, `diff`, the catalogue, and what is said of places without a dataset."""
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from labelled import Labelled, make_labelled
 from typer.testing import CliRunner, Result
 
 import actlake
-from actlake.jobs.cli import query, sql  # noqa: F401 - each registers its commands
+from actlake.jobs.cli import query, sql, verify  # noqa: F401 - each registers its commands
 from actlake.jobs.cli.app import app
 from actlake.jobs.cli.options import parse_options
 from actlake.jobs.cli.query import format_age, format_grid, format_layers, format_share
@@ -217,20 +218,24 @@ def test_a_place_without_a_dataset_says_what_is_there(labelled: Labelled, tmp_pa
     root = Path(labelled.ds.url).parent
     bare = tmp_path / "bare"
     (bare / "arrays").mkdir(parents=True)
+    corpora = tmp_path / "corpora"
+    shutil.copytree(root / "corpus", corpora / "one")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
     expected = {
         root: f"below it are datasets: {labelled.ds.url}",
-        root / "corpus": "it is a corpus; 'actlake ls' shows it",
+        root / "corpus": f"it is a corpus: actlake corpus show {root / 'corpus'}",
         root / "data/arrays": f"it is arrays of the dataset {labelled.ds.url}",
         root / "data/arrays/rows/role": f"it is arrays/rows/role of the dataset {labelled.ds.url}",
         root / "texts/a.jsonl": "it is a file",
+        corpora: f"below it are corpora: {corpora / 'one'}",
         bare: "it has arrays/ but no spec.json",
         tmp_path / "notes": "found there: a.txt",
         tmp_path / "absent": "found there: nothing",
+        root / "dato": f"nothing is there; did you mean {root / 'data'}?",
     }
     for place, why in expected.items():
-        for command, more in (("show", []), ("head", []), ("query", ["SELECT 1"]), ("diff", [place])):
+        for command, more in (("show", []), ("head", []), ("query", ["SELECT 1"]), ("diff", [place]), ("verify", [])):
             result = run(command, place, *more)
             assert result.exit_code == 2
             assert f"no dataset at {place}" in result.output

@@ -11,6 +11,7 @@ from runs import Recorder, contents, run_until
 import actlake
 from actlake.jobs.engines import ray_engine
 from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
+from actlake.jobs.engines.ray_worker import RayWorker
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.storage.errors import BadInputError, ModelAccessError, ShardFailedError
@@ -38,7 +39,7 @@ def test_a_worker_that_dies_is_replaced(
 ) -> None:
     marker = tmp_path / "died"
 
-    class DyingWorker(ray_engine.RayWorker):
+    class DyingWorker(RayWorker):
         def build(self, task: Any) -> Any:
             import os
 
@@ -57,7 +58,7 @@ def test_a_worker_that_dies_is_replaced(
 def test_a_shard_that_always_fails_is_named_and_the_others_are_built(
     write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FailingWorker(ray_engine.RayWorker):
+    class FailingWorker(RayWorker):
         def build(self, task: Any) -> Any:
             if task.shard == 1 and task.split == "train":
                 raise OSError("planted: no space left")
@@ -88,8 +89,8 @@ def test_the_whole_run_is_killed_and_resumed(write_job: Write, tmp_path: Path, r
 def test_a_worker_that_cannot_start_ends_the_run_with_its_own_error(
     write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Unable(ray_engine.RayWorker):
-        def start(self) -> None:
+    class Unable(RayWorker):
+        def start(self) -> int:
             raise ModelAccessError("planted: other weights here")
 
     monkeypatch.setattr(ray_engine, "RayWorker", Unable)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from actlake.jobs.corpus import open_corpus, read_corpus_job
 from actlake.jobs.ingestion import Listener, ingest
 from actlake.jobs.jobfile import Job, RepliesOptions, parse_job, read_job
 from actlake.jobs.plan.rates import read_rates
-from actlake.jobs.plan.sources import TextRate, source_tokens
+from actlake.jobs.plan.sources import TextRate, first_documents, source_tokens
 from actlake.storage.corpus import Corpus
-from actlake.storage.errors import JobFileError, SourceError
+from actlake.storage.errors import JobFileError, SourceError, UnknownNameError
 from actlake.storage.redaction import redacted_name
 from actlake.storage.rowspace import ROLES
 from actlake.storage.stores import Store, resolve_url
@@ -75,6 +76,16 @@ def job_file(model: Path, prompts: Path) -> WriteJob:
         return path
 
     return write
+
+
+def test_a_plan_needs_no_label_that_replies_bring(tmp_path: Path, job_file: WriteJob) -> None:
+    job = read(job_file(tmp_path))
+    assert job.corpus.metadata == ("kind", "ending")
+    tokenizer = load_tokenizer(resolve_model(job.model))
+    assert len(list(first_documents(job, tokenizer, 10**9))) == N_PROMPTS + 1
+    strange = replace(job, corpus=replace(job.corpus, metadata=("kynd", "ending")))
+    with pytest.raises(UnknownNameError, match="'kynd'; did you mean 'kind'"):
+        list(first_documents(strange, tokenizer, 10**9))
 
 
 class Counter(Listener):

@@ -164,8 +164,8 @@ def ingest(store: Store, folder: Any, source: str) -> None:
     builder = ShardBuilder(store=place, corpus=corpus, forward=FormulaModel(spec.hook_points))
     for shard in range(builder.space.n_shards):
         builder.build(shard)
-    manifest, sizes = Manifest.load(place, builder.header.n_rows), dict.fromkeys(range(builder.space.n_shards), 64)
-    groups = compact(place, manifest, builder.space.n_shards, sizes)
+    manifest = Manifest.load(place, builder.header.n_rows)
+    groups = compact(place, manifest, builder.space)
     write_root(place, dataset_id=spec.dataset_id, n_rows=builder.header.n_rows, manifest=manifest, groups=groups)
 
 

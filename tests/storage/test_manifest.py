@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actlake.storage import groups, manifest_files, manifest_parts, records, summaries
 from actlake.storage import manifest as manifest_module
-from actlake.storage import manifest_files, records
 from actlake.storage.errors import CorruptObjectError, DataError, UncommittedShardError
 from actlake.storage.manifest import SCHEMA, Manifest, compact, group_key, read_root, uncommit, write_root
 from actlake.storage.manifest_files import group_bytes, index_key
@@ -31,19 +31,23 @@ def full(memory_url: str, make_record: MakeRecord) -> str:
     """Return the URL of a dataset of 1,030 committed shards, the last one short."""
     store = Store(memory_url)
     if not RECORDS:
-        RECORDS.update({shard: make_record(shard, n_rows=n_rows).to_bytes() for shard, n_rows in sizes().items()})
+        sizes = enumerate(SPACE.n_rows_by_shard().tolist())
+        RECORDS.update({shard: make_record(shard, n_rows=n_rows).to_bytes() for shard, n_rows in sizes})
     for shard, data in RECORDS.items():
         store.write(commit_key(shard), data)
     return memory_url
 
 
-def sizes() -> dict[int, int]:
-    return {shard: 10 if shard == N_SHARDS - 1 else 64 for shard in range(N_SHARDS)}
+def space_of(n_rows: int) -> RowSpace:
+    return RowSpace(n_rows=n_rows, rows_per_shard=64, rows_per_block=64, seed=0, order="shuffled")
+
+
+SPACE = space_of(64 * (N_SHARDS - 1) + 10)
 
 
 def finish(store: Store) -> Manifest:
     manifest = Manifest.load(store)
-    groups = compact(store, manifest, N_SHARDS, sizes())
+    groups = compact(store, manifest, SPACE)
     write_root(store, dataset_id="d", n_rows=manifest.n_rows, manifest=manifest, groups=groups)
     return manifest
 
@@ -138,7 +142,7 @@ def test_an_early_root_without_an_index_opens_too(full: str, watched: type[Any])
     assert after.table.equals(before.table)
     assert after.nbytes_by_array() == before.nbytes_by_array()
     assert (store.listings, store.ranges) == (["commits/00000001"], {group_key(0)})
-    assert store.reads == ["root.json", *(commit_key(shard) for shard in range(1024, N_SHARDS))]
+    assert sorted(store.reads) == [*(commit_key(shard) for shard in range(1024, N_SHARDS)), "root.json"]
     store.delete(commit_key(1027))
     assert Manifest.load(store).shards == [shard for shard in before.shards if shard != 1027]
 
@@ -153,13 +157,54 @@ def test_without_a_root_the_groups_are_listed(full: str, watched: type[Any]) -> 
     assert store.ranges == {group_key(0)}
 
 
+def test_records_that_are_too_many_to_keep_are_read_again(
+    full: str, watched: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Manifest.load_listed(Store(full))
+    monkeypatch.setattr(manifest_module, "_KEPT_GROUPS", 1)
+    store = watched(full)
+    manifest = Manifest.load_listed(store, also=["dataset_id"])
+    assert len(store.reads) == N_SHARDS
+    # What opening reads stays; the rest comes again, and a record as one object.
+    assert manifest.missing_numbers(SPACE, manifest.columns("dataset_id")["dataset_id"][0].as_py()).tolist() == []
+    assert manifest.record(7) == kept.record(7)
+    assert len(store.reads) == N_SHARDS + 1
+    assert manifest.columns("attempt").equals(kept.columns("attempt"))
+    assert len(store.reads) == 2 * N_SHARDS + 1
+    assert manifest.nbytes_by_array() == kept.nbytes_by_array()
+    store.delete(commit_key(1027))
+    with pytest.raises(DataError, match="was changed since it was opened"):
+        manifest.columns("host")
+
+
+def test_commits_that_vanish_while_they_are_read_are_not_there(full: str, watched: type[Any]) -> None:
+    class Vanishing(watched):  # type: ignore[misc]
+        def read(self, key: str, most: int | None = None) -> bytes:
+            if key == commit_key(1027):
+                self.delete(key)
+            return bytes(super().read(key, most))
+
+    assert Manifest.load_listed(Vanishing(full)).shards == [k for k in range(N_SHARDS) if k != 1027]
+
+
+def test_what_of_another_dataset_is_missing(make_record: MakeRecord) -> None:
+    manifest = Manifest.of([make_record(0), make_record(1, dataset_id="other"), make_record(2)])
+    own = make_record(0).dataset_id
+    assert manifest.missing(space_of(64 * 3)) == []
+    assert manifest.missing(space_of(64 * 3), own) == [1]
+    assert manifest.missing(space_of(64 * 3), "other") == [0, 2]
+    assert manifest.is_exactly(space_of(64 * 3))
+    assert not manifest.is_exactly(space_of(64 * 2 + 1))
+    assert not manifest.is_exactly(space_of(64 * 4))
+
+
 def test_the_bytes_of_a_group_are_determined(full: str, watched: type[Any]) -> None:
     store = watched(full)
     finish(store)
     data = store.read(group_key(0))
     store.changes.clear()
     # Another driver finds it there and leaves it.
-    assert compact(store, Manifest.load(store), N_SHARDS, sizes()) == [0]
+    assert compact(store, Manifest.load(store), SPACE) == [0]
     assert store.changes == []
     # From the columns of the group itself come the same bytes, without the Parquet ids of its fields.
     assert group_bytes(next(Manifest.load(store).tables())) == data
@@ -177,16 +222,16 @@ def test_only_full_groups_of_full_shards_are_compacted(full: str, make_record: M
     store = Store(full)
     # A missing shard.
     uncommit(store, 500)
-    assert compact(store, Manifest.load(store), N_SHARDS, sizes()) == []
+    assert compact(store, Manifest.load(store), SPACE) == []
     # One that is shorter than planned, as the last one before the dataset grew.
     commit(store, make_record(500, n_rows=10))
-    assert compact(store, Manifest.load(store), N_SHARDS, sizes()) == []
+    assert compact(store, Manifest.load(store), SPACE) == []
     # The last one of the plan, if it is short: it may grow.
     commit(store, make_record(500))
     commit(store, make_record(1023, n_rows=10))
-    assert compact(store, Manifest.load(store), 1024, sizes() | {1023: 10}) == []
+    assert compact(store, Manifest.load(store), space_of(64 * 1023 + 10)) == []
     commit(store, make_record(1023))
-    assert compact(store, Manifest.load(store), 1024, sizes()) == [0]
+    assert compact(store, Manifest.load(store), space_of(64 * 1024)) == [0]
 
 
 def test_uncommit_takes_the_summaries_away_first(full: str, watched: type[Any]) -> None:
@@ -367,7 +412,7 @@ def test_a_shard_un_committed_beside_a_compaction_stays_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("GROUP_SHARDS", 4), ("INDEX_GROUPS", 2)):
-        for module in (records, manifest_module, manifest_files):
+        for module in (records, manifest_module, manifest_files, manifest_parts, groups, summaries):
             monkeypatch.setattr(module, name, value, raising=False)
     other = watched(f"{memory_url}/none")
     uncommit(other, 1)
@@ -376,8 +421,8 @@ def test_a_shard_un_committed_beside_a_compaction_stays_so(
         commit(store, make_record(shard))
     store.key, store.n_before, store.late = key, n_before, late
     manifest = Manifest.load(store)
-    groups = compact(store, manifest, len(manifest), dict.fromkeys(manifest.shards, 64))
-    write_root(store, dataset_id="d", n_rows=manifest.n_rows, manifest=manifest, groups=groups)
+    full = compact(store, manifest, space_of(64 * 9))
+    write_root(store, dataset_id="d", n_rows=manifest.n_rows, manifest=manifest, groups=full)
     store.step(7)
     assert Manifest.load(store).shards == Manifest.load_listed(store).shards == [0, *range(2, 9)]
 

@@ -1,0 +1,127 @@
+"""SIGKILL at every step of a shard's way: the next run finishes the dataset, equal to an undisturbed one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from chaos.campaign import Driver, Run, World, marked, parent_of, wait_until
+from chaos.nodes import Nodes
+from chaos.site.planted import POINTS
+
+#: Whom to kill when a process of a driver's run is at a point.
+Victims = Callable[[int, Driver], Sequence[int]]
+
+
+#: A shard that has lost three workers is given up: no more than two points of one run kill a worker.
+HALVES = pytest.mark.parametrize("points", [POINTS[:2], POINTS[2:]], ids=["objects", "commit"])
+
+
+def disturb(
+    run: Run, victims: Victims, points: Sequence[str] = POINTS, mend: Callable[[], object] = lambda: None
+) -> None:
+    """Kill at each of the points, one after another, in one run for as long as its driver lives."""
+    driver: Driver | None = None
+    for point in points:
+        run.arm(point)
+        if driver is None:
+            driver = run.start()
+        pid = run.reached(point, driver)
+        killed = victims(pid, driver)
+        run.kill(*killed)
+        mend()
+        if driver.pid in killed:
+            driver.wait(30)
+            driver, run.n_resumes = None, run.n_resumes + 1
+        run.check_committed()
+    if driver is None:
+        run.build()
+    else:
+        run.finish(driver)
+    assert run.outcome().is_whole
+    assert run.n_kills == len(points)
+
+
+def worker(pid: int, driver: Driver) -> Sequence[int]:
+    assert pid != driver.pid
+    return [pid]
+
+
+def only_driver(pid: int, driver: Driver) -> Sequence[int]:
+    return [driver.pid]
+
+
+# --- without Ray --------------------------------------------------------------------------------------------------
+
+
+def test_one_process(world: World, tmp_path: Path) -> None:
+    disturb(Run(world, tmp_path), only_driver)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_one_of_two_worker_processes(world: World, tmp_path: Path, point: str) -> None:
+    run = Run(world, tmp_path, workers=2)
+    run.arm(point)
+    driver = run.start()
+    pid = run.reached(point, driver)
+    assert pid != driver.pid
+    run.kill(pid)
+    assert run.finish(driver).outcome().is_whole
+
+
+@pytest.mark.slow
+def test_the_driver_of_two_worker_processes(world: World, tmp_path: Path) -> None:
+    run = Run(world, tmp_path, workers=2)
+    disturb(run, only_driver, mend=lambda: wait_until(lambda: not marked(run.points), 30, "the end of the workers"))
+
+
+# --- on Ray -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head that takes no work, and one node that does."""
+    with Nodes(tmp_path_factory.mktemp("nodes")) as started:
+        started.start_head()
+        started.start_node()
+        yield started
+
+
+def on(nodes: Nodes, world: World, folder: Path) -> Run:
+    return Run(world, folder, engine="ray", address=nodes.address, points=nodes.points)
+
+
+@pytest.mark.slow
+@HALVES
+def test_a_worker_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
+    disturb(on(nodes, world, tmp_path), worker, points)
+
+
+@pytest.mark.slow
+def test_the_driver_on_ray(nodes: Nodes, world: World, tmp_path: Path) -> None:
+    disturb(on(nodes, world, tmp_path), only_driver)
+
+
+@pytest.mark.slow
+@HALVES
+def test_a_whole_node_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
+    def raylet(pid: int, driver: Driver) -> Sequence[int]:
+        found = parent_of(pid)
+        assert found in nodes.raylets()
+        return [found]
+
+    disturb(on(nodes, world, tmp_path), raylet, points, nodes.start_node)
+
+
+@pytest.mark.slow
+def test_everything_on_ray(world: World, tmp_path: Path) -> None:
+    """Ray is the driver's own here, started and stopped with it."""
+    run = Run(world, tmp_path, engine="ray")
+
+    def everything(pid: int, driver: Driver) -> Sequence[int]:
+        found = marked(run.points)
+        assert pid in found
+        assert driver.pid in found
+        return list(found)
+
+    disturb(run, everything, mend=lambda: wait_until(lambda: not marked(run.points), 30, "the end of Ray"))

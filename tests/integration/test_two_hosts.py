@@ -1,0 +1,201 @@
+"""Two hosts, each in a network namespace with a Ray node of its own, and a store that they reach by its URL alone."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos.campaign import Run, World, parent_of, wait_until
+from chaos.nodes import QUICK, Nodes, free_port
+from chaos.site.planted import AFTER_COMMIT, BETWEEN_OBJECTS
+from chaos.test_bad_stores import downloaded
+from emulators import running, s3_options
+from runs import contents
+
+import actlake
+from actlake.shards.verify import verify
+from actlake.storage.stores import Store
+
+pytestmark = pytest.mark.slow
+
+
+def ip(*arguments: str) -> None:
+    """Call iproute2; raise ``PermissionError`` with what it says."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PermissionError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network namespace with one link to the bridge that all of them share."""
+
+    name: str
+    address: str
+    link: str
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What goes before a command that is to run on this host, under its name."""
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        return ("ip", "netns", "exec", self.name, *named)
+
+    def cut(self) -> None:
+        """Nothing goes in or out from now on; no one is told."""
+        ip("link", "set", self.link, "down")
+
+    def join(self) -> None:
+        ip("link", "set", self.link, "up")
+
+
+@contextmanager
+def lan(*names: str) -> Iterator[tuple[str, list[Host]]]:
+    """Make hosts on a network of their own; give the address at which this machine is on it, and the hosts."""
+    number = os.getpid()
+    network = f"10.{200 + number % 50}.{number // 50 % 250}"
+    bridge = f"acb{number}"
+    with ExitStack() as stack:
+
+        def make(undo: list[str], *arguments: str) -> None:
+            ip(*arguments)
+            stack.callback(lambda: suppressed(*undo))
+
+        make(["link", "del", bridge], "link", "add", bridge, "type", "bridge")
+        ip("address", "add", f"{network}.1/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        hosts = []
+        for place, name in enumerate(names):
+            host = Host(f"actlake-{number}-{name}", f"{network}.{place + 2}", f"acv{number}{name}")
+            make(["netns", "del", host.name], "netns", "add", host.name)
+            # It goes with its namespace.
+            ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            ip("link", "set", host.link, "master", bridge)
+            ip("link", "set", host.link, "up")
+            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+            for device in ("eth0", "lo"):
+                ip("-n", host.name, "link", "set", device, "up")
+            hosts.append(host)
+        yield f"{network}.1", hosts
+
+
+def suppressed(*arguments: str) -> None:
+    with suppress(PermissionError):
+        ip(*arguments)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Two hosts, the points of each, and the store between them."""
+
+    a: Host
+    b: Host
+    nodes: Nodes
+    points: dict[str, Path]
+    store: Store
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with ExitStack() as stack:
+        try:
+            address, (a, b) = stack.enter_context(lan("a", "b"))
+        except (PermissionError, FileNotFoundError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        store = stack.enter_context(bucket(address))
+        points = {"a": tmp_path / "points-a", "b": tmp_path / "points-b"}
+        nodes = stack.enter_context(Nodes(points["a"], {**QUICK, "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}))
+        nodes.start_head(*a.inside, ip=a.address, n_cpus=1)
+        nodes.start_node(*b.inside, ip=b.address, points=points["b"])
+        yield Site(a, b, nodes, points, store)
+
+
+@contextmanager
+def bucket(address: str) -> Iterator[Store]:
+    """Serve S3 at an address; give a folder of it."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", address, "-p", str(port)]
+    with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        wait_until(lambda: answers(address, port), 60, "an S3 server")
+        options: dict[str, Any] = s3_options(port)
+        options["client_kwargs"]["endpoint_url"] = f"http://{address}:{port}"
+        store = Store("s3://actlake-hosts/run", options)
+        store.fs.mkdir("actlake-hosts")
+        yield store
+
+
+def answers(address: str, port: int) -> bool:
+    with suppress(OSError):
+        socket.create_connection((address, port), timeout=1).close()
+        return True
+    return False
+
+
+def run_on(site: Site, world: World, folder: Path) -> Run:
+    return Run(
+        world,
+        folder,
+        engine="ray",
+        workers=2,
+        address=site.nodes.address,
+        points=site.points["a"],
+        dataset=f"{site.store.url}/ds",
+        options=site.store.options,
+        environment=QUICK,
+    )
+
+
+def at(points: Path, point: str) -> int:
+    """Return the process that waits at a point, 0 where none does."""
+    return next((int(path.suffix[1:]) for path in points.glob(f"{point}.*") if path.suffix[1:].isdigit()), 0)
+
+
+def require_whole(site: Site, world: World, folder: Path) -> actlake.ActivationDataset:
+    place = site.store.child("ds")
+    assert contents(downloaded(place, folder / "copy")) == world.contents
+    ds = actlake.open(place.url, place.options)
+    assert ds.complete
+    assert verify(ds).problems == verify(ds.heldout).problems == ()
+    return ds
+
+
+def test_two_hosts_build_one_dataset(site: Site, world: World, tmp_path: Path) -> None:
+    run = run_on(site, world, tmp_path / "run")
+    for points in site.points.values():
+        (points / f"{BETWEEN_OBJECTS}.armed").touch()
+    driver = run.start(*site.a.inside)
+    # None of them can do everything before the other has begun.
+    places = list(site.points.values())
+    wait_until(lambda: driver.poll() is not None or all(at(points, BETWEEN_OBJECTS) for points in places), 240, "both")
+    for points in places:
+        (points / f"{BETWEEN_OBJECTS}.go").touch()
+    run.finish(driver)
+    ds = require_whole(site, world, tmp_path)
+    assert set(ds.manifest["host"].to_pylist()) == {site.a.name, site.b.name}
+
+
+def test_a_host_that_was_cut_off_finishes_its_old_shard_late(site: Site, world: World, tmp_path: Path) -> None:
+    run, there = run_on(site, world, tmp_path / "run"), site.points["b"]
+    (there / f"{BETWEEN_OBJECTS}.armed").touch()
+    driver = run.start(*site.a.inside)
+    pid = wait_until(lambda: driver.poll() is not None or at(there, BETWEEN_OBJECTS), 240, "a shard on the other host")
+    # Its node would end its workers as soon as it learned that it had been given up: one of them is faster.
+    raylet = parent_of(pid)
+    assert raylet in site.nodes.raylets()
+    os.kill(raylet, signal.SIGSTOP)
+    site.b.cut()
+    # The node is given up, the shard built by another.
+    run.finish(driver)
+    require_whole(site, world, tmp_path)
+    (there / f"{AFTER_COMMIT}.armed").touch()
+    site.b.join()
+    (there / f"{BETWEEN_OBJECTS}.go").touch()
+    assert wait_until(lambda: at(there, AFTER_COMMIT), 60, "the late commit") == pid
+    ds = require_whole(site, world, tmp_path / "late")
+    assert site.b.name in ds.manifest["host"].to_pylist()
