@@ -11,6 +11,7 @@ from actlake.storage.header import Header
 from actlake.storage.manifest import Manifest
 from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
+from actlake.storage.summaries import drop_stale_groups
 
 I64 = npt.NDArray[np.int64]
 
@@ -63,6 +64,7 @@ class MissingShards:
 
 
 def _missing(store: Store, header: Header) -> SplitShards:
+    drop_stale_groups(store)
     # Records of another dataset count for nothing: someone put another spec in their place.
     manifest = Manifest.load(store, header.n_rows, also=["dataset_id"])
     space = header.spec.row_space(header.n_rows)

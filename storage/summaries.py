@@ -6,6 +6,7 @@ un-commit deletes summaries before the record and once more after it: the later 
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 #: A million groups have 10 MB of numbers.
 _MAX_ROOT_NBYTES = 16 << 20
+
+#: Folders listed at once: a store takes some 50 ms for each.
+_LISTERS = 16
 
 
 # --- Compacted groups ----------------------------------------------------------------------------------------------
@@ -65,6 +69,20 @@ def write_group(store: Store, group: int, table: pa.Table) -> bool:
         return True
     _delete_summaries(store, group)
     return False
+
+
+def drop_stale_groups(store: Store) -> None:
+    """Delete the groups that count a commit which is not there: what whoever resumes a dataset begins with.
+
+    A driver may have been killed after it wrote a group, before it saw that a commit had been taken back meanwhile.
+    """
+    if read_root(store) is not None:
+        return  # Taking a commit back would have removed it.
+    groups = compacted_groups(store)
+    with ThreadPoolExecutor(_LISTERS) as pool:
+        whole = pool.map(lambda group: commits_of(store, group) == list(shards_of(group)), groups)
+        for group in [group for group, found in zip(groups, whole, strict=True) if not found]:
+            _delete_summaries(store, group)
 
 
 # --- root.json and the index ---------------------------------------------------------------------------------------

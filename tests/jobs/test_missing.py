@@ -9,9 +9,12 @@ from formula_dataset import make_spec
 from actlake.jobs.missing import MissingShards, SplitShards
 from actlake.jobs.work import Task
 from actlake.storage.header import Header, prepare
-from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit
+from actlake.storage.manifest import Manifest
+from actlake.storage.manifest_files import group_key
+from actlake.storage.records import GROUP_SHARDS, ObjectRecord, Provenance, ShardRecord, commit
 from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
+from actlake.storage.summaries import compact, uncommit
 
 Commit = Callable[[Store, Header, int, int], None]
 
@@ -64,6 +67,22 @@ def test_slices_part_the_shards() -> None:
     parts = [missing.slice(number, 4) for number in range(4)]
     assert sorted(task.shard for part in parts for task in part) == list(range(3, 20))
     assert sum(part.n_rows for part in parts) == missing.n_rows
+
+
+def test_a_group_that_counts_a_commit_which_is_gone_is_not_believed(memory: str) -> None:
+    """Left by a driver that was killed between writing the group and seeing that the commit had been taken back."""
+    spec = make_spec(rows_per_shard=64, rows_per_block=64)
+    store = Store(memory)
+    headers = {"train": prepare(store, Header(spec=spec, n_rows=64 * 2 * GROUP_SHARDS, corpus="../corpus"))}
+    for shard in range(2 * GROUP_SHARDS):
+        commit_shard(store, headers["train"], shard, 64)
+    seen = Manifest.load(store)
+    assert compact(store, seen, spec.row_space(headers["train"].n_rows)) == [0, 1]
+    stale = store.read(group_key(0))
+    uncommit(store, 5)
+    store.write(group_key(0), stale)
+    assert shards_of(MissingShards.find(store, headers)) == [("train", 5, 64)]
+    assert [store.exists(group_key(group)) for group in (0, 1)] == [False, True]
 
 
 def test_what_counts_is_a_commit_of_this_dataset_with_all_planned_rows(memory: str) -> None:

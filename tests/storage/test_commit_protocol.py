@@ -31,6 +31,7 @@ from actlake.storage.moments import of_shard, to_parquet
 from actlake.storage.records import ObjectRecord, Provenance, ShardRecord, commit, commit_key, read_record, stats_key
 from actlake.storage.spec import PointSpec
 from actlake.storage.stores import Store
+from actlake.storage.summaries import drop_stale_groups
 
 SPEC = make_spec(
     hook_points=(
@@ -218,6 +219,23 @@ class CommitProtocol(RuleBasedStateMachine):
         elif name not in ("commit", *attempt.left):
             self._store(attempt, name)
 
+    @precondition(lambda self: len(self.attempts) + 2 <= MOST_ATTEMPTS)
+    @rule(shard=number, late=st.sets(st.sampled_from(["stats", *ARRAYS]), min_size=1), commits=st.booleans())
+    def overtake(self, shard: int, late: set[str], commits: bool) -> None:
+        """Of two attempts at a shard, the one that began first stores some objects last, and may commit in the end."""
+        shard %= SPEC.row_space(self.n_rows).n_shards
+        if shard in self.committed:
+            self._uncommit(shard)
+        self.start(shard)
+        self.start(shard)
+        first, second = self.attempts[-2:]
+        self._complete(second)
+        for name in sorted(late):
+            self._store(first, name)
+        if commits:
+            self._complete(first)
+        self.check()
+
     def _complete(self, attempt: Attempt) -> None:
         for name in sorted(attempt.left):
             self._store(attempt, name)
@@ -266,20 +284,9 @@ class CommitProtocol(RuleBasedStateMachine):
         try:
             self._summarise(self._interrupted(at, event, which), driver)
         except Killed:
-            self._mend_groups()
+            # What the next run begins with.
+            drop_stale_groups(self.store)
         self.check()
-
-    def _mend_groups(self) -> None:
-        """Take out what a driver has left that was killed after it wrote a stale group, before it took it back.
-
-        Such a group counts shards that are not committed: readers raise on them, ``verify`` names them.
-        """
-        report = verify(actlake.open(self.store.url), deep=False, n_threads=1)
-        stale = {problem.shard for problem in report.problems if problem.kind == "record"}
-        assert stale.isdisjoint(self.committed)
-        for shard in stale:
-            assert shard is not None
-            uncommit(self.store, shard)
 
     def _summarise(self, store: Store, driver: int) -> None:
         header, seen = list(self.seen.values())[driver % len(self.seen)]
