@@ -234,12 +234,15 @@ def proxy(target: int, faults: Faults) -> Iterator[int]:
 
     async def stop() -> None:
         server.close()
-        # Connections that were just accepted have no task yet.
-        while others := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+        # Connections that were just accepted have no task yet: some rounds without any say that none will come.
+        n_quiet = 0
+        while n_quiet < 5:
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             for task in others:
                 task.cancel()
             await asyncio.gather(*others, return_exceptions=True)
-            await asyncio.sleep(0)
+            n_quiet = 0 if others else n_quiet + 1
+            await asyncio.sleep(0.01)
 
     try:
         yield port

@@ -28,9 +28,9 @@ def test_what_is_not_ours_would_be_found(tmp_path: Path) -> None:
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(FUZZ.parents[1])!r})\n"
         "sys.argv[1:] = ['--inputs', '20', '--target', 'root']\n"
-        "import actlake.storage.manifest as manifest\n"
+        "import actlake.storage.summaries as summaries\n"
         "from fuzz import run\n"
-        "manifest._check_root = lambda value: None\n"
+        "summaries._check_root = lambda value: None\n"
         "sys.exit(run.main())\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
