@@ -9,6 +9,7 @@ import torch
 import zarr
 
 import actlake
+import actlake.storage.zarr_dtype
 from actlake.ingest.batching import plan_batches
 from actlake.ingest.loading import LoadedModel, load_model
 from actlake.ingest.models import resolve_model

@@ -74,8 +74,20 @@ def lan(*names: str) -> Iterator[tuple[str, list[Host]]]:
         for place, name in enumerate(names):
             host = Host(f"actlake-{number}-{name}", f"{network}.{place + 2}", f"acv{number}{name}")
             make(["netns", "del", host.name], "netns", "add", host.name)
-            # It goes with its namespace.
-            ip("link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name)
+            # A namespace that some process is still in stays, and its link with it.
+            make(
+                ["link", "del", host.link],
+                "link",
+                "add",
+                host.link,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                host.name,
+            )
             ip("link", "set", host.link, "master", bridge)
             ip("link", "set", host.link, "up")
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
