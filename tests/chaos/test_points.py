@@ -1,5 +1,6 @@
 """SIGKILL at every step of a shard's way: the next run finishes the dataset, equal to an undisturbed one."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ Victims = Callable[[int, Driver], Sequence[int]]
 
 #: A shard that has lost three workers is given up: no more than two points of one run kill a worker.
 HALVES = pytest.mark.parametrize("points", [POINTS[:2], POINTS[2:]], ids=["objects", "commit"])
+
+
+#: Five minutes each on two cores.
+LONG = pytest.mark.skipif("ACTLAKE_CHAOS" not in os.environ, reason="takes minutes: 'make chaos' runs it")
 
 
 def disturb(
@@ -102,6 +107,7 @@ def test_the_driver_on_ray(nodes: Nodes, world: World, tmp_path: Path) -> None:
     disturb(on(nodes, world, tmp_path), only_driver)
 
 
+@LONG
 @pytest.mark.slow
 @HALVES
 def test_a_whole_node_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
@@ -113,6 +119,7 @@ def test_a_whole_node_on_ray(nodes: Nodes, world: World, tmp_path: Path, points:
     disturb(on(nodes, world, tmp_path), raylet, points, nodes.start_node)
 
 
+@LONG
 @pytest.mark.slow
 def test_everything_on_ray(world: World, tmp_path: Path) -> None:
     """Ray is the driver's own here, started and stopped with it."""
