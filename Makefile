@@ -60,6 +60,7 @@ faults: $(VENV)/.dev ## flip 10,000 bits of stored objects, one at a time: each 
 CHAOS_RANDOM ?= 50
 chaos: $(VENV)/.dev ## kill ingestion runs at every step and at CHAOS_RANDOM random times: nothing lost, nothing twice
 	$(BIN)/python tests/chaos/run.py --random $(CHAOS_RANDOM)
+	ACTLAKE_CHAOS=1 $(BIN)/python -m pytest tests/chaos tests/integration/test_two_hosts.py
 
 screenshots: $(VENV)/.browser demo ## pictures of the demo dataset's report, for docs/img
 	@mkdir -p build

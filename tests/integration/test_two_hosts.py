@@ -194,6 +194,7 @@ def test_two_hosts_build_one_dataset(site: Site, world: World, tmp_path: Path) -
     assert set(ds.manifest["host"].to_pylist()) == {site.a.name, site.b.name}
 
 
+@pytest.mark.skipif("ACTLAKE_CHAOS" not in os.environ, reason="takes minutes: 'make chaos' runs it")
 def test_a_host_that_was_cut_off_finishes_its_old_shard_late(site: Site, world: World, tmp_path: Path) -> None:
     run, there = run_on(site, world, tmp_path / "run"), site.points["b"]
     (there / f"{BETWEEN_OBJECTS}.armed").touch()
