@@ -102,6 +102,7 @@ def test_a_worker_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Seq
     disturb(on(nodes, world, tmp_path), worker, points)
 
 
+@LONG
 @pytest.mark.slow
 def test_the_driver_on_ray(nodes: Nodes, world: World, tmp_path: Path) -> None:
     disturb(on(nodes, world, tmp_path), only_driver)
