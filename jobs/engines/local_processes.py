@@ -47,7 +47,8 @@ class Here:
         self._crew.stop()
 
     def close(self) -> None:
-        """Return at once: a thread may be inside a long operation."""
+        """Wait for its threads, where none is in the middle of something."""
+        self._crew.join()
 
 
 class Process:

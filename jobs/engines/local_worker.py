@@ -59,10 +59,14 @@ class Crew:
     def __init__(self, order: WorkOrder, send: Callable[[Message], None]) -> None:
         self._order, self._send, self._stopped = order, send, threading.Event()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        threading.Thread(target=self._start, name="actlake-start", daemon=True).start()
+        #: What its threads are about; None: the model, while it is loading.
+        self._busy: set[Task | None] = {None}
+        self._threads = list[threading.Thread]()
+        self._thread(self._start, "actlake-start")
 
     def give(self, task: Task) -> None:
         """Have a task built as soon as a thread is free."""
+        self._busy.add(task)
         self._tasks.put(task)
 
     def stop(self) -> None:
@@ -70,15 +74,29 @@ class Crew:
         self._stopped.set()
         self._tasks.put(None)
 
+    def join(self) -> None:
+        """Wait for threads that were stopped, but for those in the middle of something: that may be long.
+
+        An interpreter that ends meanwhile can abort: torch tears down what it keeps for each thread.
+        """
+        while self._threads and not self._busy:
+            self._threads.pop().join()
+
+    def _thread(self, target: Callable[..., None], name: str, *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=target, args=arguments, name=name, daemon=True))
+        self._threads[-1].start()
+
     def _start(self) -> None:
         try:
             worker = Worker(self._order)
         except BaseException as error:  # noqa: BLE001 - handed to the engine, which raises it
+            self._busy.discard(None)
             self._send(Failed(task=None, error=_plain(error)))
             return
-        self._send(Ready(n_concurrent=worker.n_concurrent))
         for _ in range(worker.n_concurrent):
-            threading.Thread(target=self._work, args=(worker,), name="actlake-worker", daemon=True).start()
+            self._thread(self._work, "actlake-worker", worker)
+        self._busy.discard(None)
+        self._send(Ready(n_concurrent=worker.n_concurrent))
 
     def _work(self, worker: Worker) -> None:
         while (task := self._tasks.get()) is not None:
@@ -86,6 +104,7 @@ class Crew:
                 message: Message = ShardCommitted(task=task, record=worker.build(task, self._captured))
             except BaseException as error:  # noqa: BLE001 - counted, named and raised at the end of the run
                 message = Failed(task=task, error=_plain(error))
+            self._busy.discard(task)
             self._send(message)
         self._tasks.put(None)  # For the next thread.
 

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from planting import held, plant, plant_worker, tries
 from runs import Recorder, alive, contents, wait_for
 
-from actlake.jobs.engines import local
+from actlake.jobs.engines import local, local_worker
 from actlake.jobs.engines.events import (
     Event,
     RowsCaptured,
@@ -188,6 +190,45 @@ def test_no_worker_outlives_a_killed_run(folder: Path) -> None:
 
 
 # --- GPUs ---------------------------------------------------------------------------------------------------------
+
+
+class Quick:
+    """A worker in this process, whose threads take a while to end, as those that used torch may."""
+
+    n_concurrent = 2
+    gate = threading.Event()
+    kept = threading.local()
+
+    def __init__(self, order: WorkOrder) -> None: ...
+
+    def build(self, task: Task, on_rows: Callable[[int, float], None]) -> None:
+        class Slow:
+            def __del__(self) -> None:
+                time.sleep(0.2)
+
+        self.kept.slow = Slow()
+        self.gate.wait(60)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name in ("actlake-start", "actlake-worker")]
+
+
+def test_threads_of_a_run_end_with_it_unless_they_are_in_the_middle_of_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_worker, "Worker", Quick)
+    Quick.gate.set()
+    events = list(local.run(order(), TASKS, attempts=1))
+    assert shards(events, ShardCommitted) == list(range(6))
+    assert threads() == []
+
+    Quick.gate.clear()
+    broken_off = local.run(order(), TASKS, attempts=1)
+    while not isinstance(next(broken_off), ShardStarted):
+        pass
+    broken_off.close()
+    assert threads()
+    Quick.gate.set()
+    wait_for(threads, lambda left: not left)
 
 
 def test_gpus_are_dealt_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
