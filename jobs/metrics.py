@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from actlake.jobs.engines.events import Event, RowsCaptured, ShardCommitted, ShardRetried
-from actlake.jobs.ingestion import Listener
 from actlake.jobs.progress import Progress, Tracker, busy_name
+from actlake.jobs.readiness import Listener
 
 if TYPE_CHECKING:
-    from actlake.jobs.ingestion import Plan
     from actlake.jobs.jobfile import Job
+    from actlake.jobs.readiness import Plan
 
 #: Seconds between two settings of the gauges: Ray drops those that were not set since its last export.
 _EVERY_S = 0.5

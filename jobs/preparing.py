@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from actlake.jobs.ingestion import Listener, check_device, check_engine, make_ready
 from actlake.jobs.jobfile import Job
+from actlake.jobs.readiness import Listener, check_device, check_engine, make_ready
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actlake.jobs.engines.events import Event
-from actlake.jobs.ingestion import Listener
+from actlake.jobs.readiness import Listener
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from rich.progress import TaskID
 
 from actlake.jobs.cli.progress import Bars, bars, format_nbytes
 from actlake.jobs.engines.events import Event, ShardAbandoned, ShardCommitted, ShardRetried
-from actlake.jobs.ingestion import Listener, Plan
 from actlake.jobs.jobfile import Job
 from actlake.jobs.progress import Progress, Tracker, busy_name
+from actlake.jobs.readiness import Listener, Plan
 
 #: Runs of at most so many shards print a line for each, where the output is no terminal.
 _FEW_SHARDS = 100

@@ -19,10 +19,11 @@ from actlake.ingest.corpus_redact import redact_corpus
 from actlake.ingest.models import load_tokenizer, resolve_model
 from actlake.jobs import replies as jobs_replies
 from actlake.jobs.corpus import open_corpus, read_corpus_job
-from actlake.jobs.ingestion import Listener, ingest
+from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import Job, RepliesOptions, parse_job, read_job
 from actlake.jobs.plan.rates import read_rates
 from actlake.jobs.plan.sources import TextRate, first_documents, source_tokens
+from actlake.jobs.readiness import Listener
 from actlake.storage.corpus import Corpus
 from actlake.storage.errors import JobFileError, SourceError, UnknownNameError
 from actlake.storage.redaction import redacted_name

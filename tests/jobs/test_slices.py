@@ -12,7 +12,7 @@ from runs import Recorder, contents
 from typer.testing import CliRunner
 
 import actlake
-from actlake.jobs import ingestion
+from actlake.jobs import ingestion, readiness
 from actlake.jobs.cli import ingest as _registers  # noqa: F401
 from actlake.jobs.cli.app import app
 from actlake.jobs.ingestion import ingest
@@ -57,7 +57,7 @@ def test_what_is_no_slice_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 def test_every_missing_shard_is_in_one_slice_however_they_are_numbered(
-    write_job: Write, count: int, first: int, plan: ingestion.Plan
+    write_job: Write, count: int, first: int, plan: readiness.Plan
 ) -> None:
     slices = [list(plan.missing.slice(number, count)) for number in range(first, first + count)]
     for number, tasks in enumerate(slices, first):
@@ -69,12 +69,12 @@ def test_every_missing_shard_is_in_one_slice_however_they_are_numbered(
 
 
 @pytest.fixture
-def plan(write_job: Write, monkeypatch: pytest.MonkeyPatch) -> ingestion.Plan:
+def plan(write_job: Write, monkeypatch: pytest.MonkeyPatch) -> readiness.Plan:
     """What the standard job has to do."""
-    job, found = read_job(write_job()), list[ingestion.Plan]()
+    job, found = read_job(write_job()), list[readiness.Plan]()
 
     class Planned(Recorder):
-        def planned(self, plan: ingestion.Plan) -> None:
+        def planned(self, plan: readiness.Plan) -> None:
             found.append(plan)
 
     with monkeypatch.context() as patched:
