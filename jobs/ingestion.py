@@ -12,15 +12,16 @@ from pathlib import Path
 from actlake.ingest.models import ModelRef
 from actlake.jobs.compaction import Compactor
 from actlake.jobs.engines import local
-from actlake.jobs.engines.events import Event, ShardAbandoned
+from actlake.jobs.engines.events import Event, ShardAbandoned, ShardCommitted
 from actlake.jobs.failures import Failures
 from actlake.jobs.jobfile import Job
 from actlake.jobs.readiness import Listener, Plan, Ready, check_device, check_engine, make_ready
 from actlake.jobs.slices import Slice
 from actlake.jobs.work import WorkOrder, available_cpus, device_of, model_options, n_workers, split_store
 from actlake.storage.corpus import Corpus
-from actlake.storage.errors import BadInputError, ShardFailedError
+from actlake.storage.errors import ActlakeError, BadInputError, ShardFailedError
 from actlake.storage.finish import finish
+from actlake.storage.records import read_record
 from actlake.storage.stores import Store
 
 
@@ -136,12 +137,25 @@ def _build_missing(
         events = ray_engine.run(order, missing, options=options, address=address, note=hear.note)
     # Closed at once where something is raised here: workers must not outlive the run.
     with closing(events), Compactor(ready.store, ready.plan.headers, missing, hear.note) as compactor:
-        for event in events:
+        for event in (_settled(event, ready) for event in events):
             compactor.event(event)
             hear.event(event)
             if isinstance(event, ShardAbandoned):
                 failed.add(event)
     return failed
+
+
+def _settled(event: Event, ready: Ready) -> Event:
+    """Return an event; a shard that was given up is committed where its last worker died between commit and word."""
+    if not isinstance(event, ShardAbandoned):
+        return event
+    task, header = event.task, ready.plan.headers[event.task.split]
+    try:
+        record = read_record(split_store(ready.store, task.split), task.shard)
+    except ActlakeError:
+        return event
+    whole = record.dataset_id == header.spec.dataset_id and record.n_rows >= task.n_rows
+    return ShardCommitted(task=task, record=record) if whole else event
 
 
 def _finish(store: Store, plan: Plan, failed: Failures, seconds: float) -> IngestReport:

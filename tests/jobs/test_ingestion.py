@@ -16,7 +16,7 @@ from runs import Recorder, contents, run_until
 import actlake
 from actlake.ingest.build import ShardBuilder
 from actlake.jobs import ingestion
-from actlake.jobs.engines.events import RowsCaptured, ShardCommitted
+from actlake.jobs.engines.events import RowsCaptured, ShardAbandoned, ShardCommitted
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
 from actlake.jobs.plan.gather import plan_job
@@ -156,6 +156,27 @@ def test_a_shard_that_fails_is_named_after_all_others_are_done(
     assert not ds.complete
     monkeypatch.setattr(ShardBuilder, "build", build)
     assert ingest(read_job(write_job()), engine="local").n_built == 1
+    assert contents(tmp_path / "ds") == reference
+
+
+def test_a_shard_whose_workers_fail_after_its_commit_is_built(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]
+) -> None:
+    build, tried = ShardBuilder.build, list[int]()
+
+    def failing(self: ShardBuilder, shard: int, *rest: Any) -> Any:
+        if shard != 2:
+            return build(self, shard, *rest)
+        tried.append(shard)
+        if len(tried) == 1:
+            build(self, shard, *rest)
+        raise OSError("planted: lost on the way to the driver")
+
+    monkeypatch.setattr(ShardBuilder, "build", failing)
+    listener = Recorder()
+    assert ingest(read_job(write_job()), engine="local", listener=listener).n_built == 8
+    assert len(tried) == 2  # run.attempts
+    assert not [event for event in listener.events if isinstance(event, ShardAbandoned)]
     assert contents(tmp_path / "ds") == reference
 
 
