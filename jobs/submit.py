@@ -21,6 +21,7 @@ from actlake.jobs.plan.budget import check
 from actlake.jobs.plan.gather import plan_job
 from actlake.jobs.plan.machine import HERE
 from actlake.jobs.ray_jobs import JobsApi
+from actlake.jobs.units import count_of, format_nbytes
 from actlake.jobs.wheel import Wheel, packed
 from actlake.storage.errors import BadInputError, JobFileError, MissingExtraError, ModelAccessError
 from actlake.storage.secrets import secret_names
@@ -162,4 +163,5 @@ def _check_plan(job: Job) -> Iterator[str]:
     found = plan_job(job, offline=True)
     check(found, memory=job.plan.machine != HERE)
     sizes = found.sizes
-    yield f"{sizes.total_rows:,} rows in {sizes.n_shards:,} shards, about {sizes.nbytes / 1e9:,.2f} GB stored"
+    shards, stored = count_of(sizes.n_shards, "shard"), format_nbytes(sizes.nbytes)
+    yield f"{sizes.total_rows:,} rows in {shards}, about {stored} stored"

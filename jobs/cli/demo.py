@@ -9,6 +9,7 @@ from rich.text import Text
 from actlake.jobs.cli.app import OUT, app
 from actlake.jobs.cli.query import print_summary
 from actlake.jobs.cli.verify import verify_splits
+from actlake.jobs.units import count_of
 from actlake.storage.errors import MissingExtraError
 
 POINT = "layers.9.resid_post"
@@ -31,7 +32,11 @@ def demo() -> None:
     _step(1, f"ingest: {job.model} over {', '.join(job.corpus.sources)} into {job.dataset}")
     with listening(OUT) as listener:
         report = ingestion.ingest(job, listener=listener)
-    OUT.print(f"built {report.n_built} shards in {report.seconds:.0f} s" if report.n_built else "nothing left to build")
+    OUT.print(
+        f"built {count_of(report.n_built, 'shard')} in {report.seconds:.0f} s"
+        if report.n_built
+        else "nothing left to build"
+    )
     _step(2, "the manifest")
     ds = actlake.open(job.dataset)
     print_summary(summarise(ds))

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
-from actlake.jobs.cli.progress import format_nbytes
+from actlake.jobs.units import count_of, format_nbytes
 from actlake.storage.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def ingest(
         return
     ratio = report.raw_nbytes / report.nbytes
     OUT.print(
-        f"built {report.n_built} shards in {report.seconds:.0f} s: {report.dataset} has {report.n_rows:,} rows, "
-        f"{format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)"
+        f"built {count_of(report.n_built, 'shard')} in {report.seconds:.0f} s: {report.dataset} has "
+        f"{report.n_rows:,} rows, {format_nbytes(report.nbytes)} stored ({ratio:.2f}x compressed)"
     )
 
 
 def _sliced(part: "Slice", report: "IngestReport") -> str:
-    built = f"built {report.n_built} shards of slice {part} in {report.seconds:.0f} s"
+    built = f"built {count_of(report.n_built, 'shard')} of slice {part} in {report.seconds:.0f} s"
     if report.n_built == 0:
         built = f"nothing to build: no shard of slice {part} is missing"
     left = report.n_shards - report.n_committed
@@ -94,7 +94,8 @@ def prepare(
     OUT.print(f"model    {report.model}: {report.weights}")
     OUT.print(f"corpus   {report.corpus}: {report.n_tokens:,} tokens")
     OUT.print(
-        f"dataset  {report.dataset}: {report.n_rows:,} rows in {report.n_shards} shards, {report.n_missing} to build"
+        f"dataset  {report.dataset}: {report.n_rows:,} rows in {count_of(report.n_shards, 'shard')}, "
+        f"{report.n_missing} to build"
     )
     OUT.print("every compute node must see these three places; in a Slurm job array each task then runs")
     OUT.print(f"  {command}")

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import TaskID
 
-from actlake.jobs.cli.progress import Bars, bars, format_nbytes
+from actlake.jobs.cli.progress import Bars, bars
 from actlake.jobs.engines.events import Event, ShardAbandoned, ShardCommitted, ShardRetried
 from actlake.jobs.jobfile import Job
 from actlake.jobs.progress import Progress, Tracker, busy_name
 from actlake.jobs.readiness import Listener, Plan
+from actlake.jobs.units import count_of, format_nbytes
 
 #: Runs of at most so many shards print a line for each, where the output is no terminal.
 _FEW_SHARDS = 100
@@ -70,7 +71,7 @@ class TerminalListener(Listener):
         already = f", {n_done} of them committed before" if n_done else ""
         if plan.part is not None:
             already = f"; {n_missing} of slice {plan.part} are to be built"
-        self._console.print(f"{plan.n_rows:,} rows in {plan.n_shards} shards{already}")
+        self._console.print(f"{plan.n_rows:,} rows in {count_of(plan.n_shards, 'shard')}{already}")
         self._tracker = Tracker(n_missing, plan.n_missing_rows, busy_name(self._job), self._clock)
         if n_missing:
             self._shards = self._progress.add_task("shards", total=plan.n_missing_rows, detail="loading the model")

@@ -12,7 +12,7 @@ from rich.text import Text
 from actlake.jobs.cli.app import OUT, app
 from actlake.jobs.cli.options import AsJson, print_table
 from actlake.jobs.cli.plan_release import format_seconds, show_release
-from actlake.jobs.cli.progress import format_nbytes
+from actlake.jobs.units import format_nbytes
 from actlake.storage.errors import BadInputError
 
 if TYPE_CHECKING:

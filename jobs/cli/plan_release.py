@@ -9,7 +9,7 @@ from rich.text import Text
 
 from actlake.jobs.cli.app import OUT
 from actlake.jobs.cli.options import print_table
-from actlake.jobs.cli.progress import format_nbytes
+from actlake.jobs.units import format_nbytes
 
 if TYPE_CHECKING:
     from actlake.jobs.plan.estimate import Estimate

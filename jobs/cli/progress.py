@@ -16,15 +16,6 @@ from rich.progress import (
 from rich.text import Text
 
 
-def format_nbytes(nbytes: float) -> str:
-    """Return e.g. ``1.4 GB`` (powers of 1,000)."""
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if nbytes < 1000 or unit == "PB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError(nbytes)
-
-
 class Bars(Progress):
     """Progress bars, and a line of text below them."""
 

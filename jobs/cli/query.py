@@ -9,7 +9,7 @@ from rich.text import Text
 
 from actlake.jobs.cli.app import OUT, app
 from actlake.jobs.cli.options import AsJson, Dataset, Options, open_dataset, parse_options, print_table
-from actlake.jobs.cli.progress import format_nbytes
+from actlake.jobs.units import format_nbytes
 from actlake.storage.errors import NotFoundError
 
 if TYPE_CHECKING:

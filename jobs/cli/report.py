@@ -8,7 +8,7 @@ import typer
 
 from actlake.jobs.cli.app import OUT, app
 from actlake.jobs.cli.options import Dataset, Options, open_dataset
-from actlake.jobs.cli.progress import format_nbytes
+from actlake.jobs.units import format_nbytes
 from actlake.storage.errors import BadInputError
 
 if TYPE_CHECKING:

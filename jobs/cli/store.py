@@ -11,7 +11,8 @@ import typer
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.options import AsJson, Options, parse_options
-from actlake.jobs.cli.progress import bars, format_nbytes
+from actlake.jobs.cli.progress import bars
+from actlake.jobs.units import format_nbytes
 from actlake.storage.errors import BadInputError, NotFoundError
 
 if TYPE_CHECKING:

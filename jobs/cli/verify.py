@@ -12,7 +12,8 @@ from rich.text import Text
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.options import AsJson, Dataset, Options, explaining, parse_options
-from actlake.jobs.cli.progress import bars, format_nbytes
+from actlake.jobs.cli.progress import bars
+from actlake.jobs.units import count_of, format_nbytes
 from actlake.storage.errors import BadInputError, DataError, NotFoundError
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def _print_verdict(report: dict[str, Any], say: Callable[..., None]) -> None:
     for problem in report["problems"] if say is not _mute else ():
         ERRORS.print(f"{problem['kind']}: {problem['message']}", style="red")
     checked = (
-        f"{report['n_shards']} shards, {report['n_objects']:,} objects, {report['n_chunks']:,} chunks, "
+        f"{count_of(report['n_shards'], 'shard')}, {report['n_objects']:,} objects, {report['n_chunks']:,} chunks, "
         f"{report['n_rows']:,} rows, {format_nbytes(report['nbytes'])}"
     )
     if report["n_deep"] < report["n_shards"]:

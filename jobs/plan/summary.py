@@ -2,6 +2,7 @@
 
 from actlake.jobs.plan.estimate import Estimate
 from actlake.jobs.plan.stages import NAMES
+from actlake.jobs.units import count_of, format_nbytes
 
 
 def paragraph(plan: Estimate) -> str:
@@ -10,19 +11,16 @@ def paragraph(plan: Estimate) -> str:
     left = plan.setting.n_rows_left
     todo = f", {left:,} of them still to build" if left is not None and left < sizes.total_rows else ""
     text = (
-        f"plan: {sizes.total_rows:,} rows in {sizes.n_shards:,} shards and {sizes.n_objects:,} objects{todo}; "
-        f"{_gb(sizes.raw_nbytes)} raw, about {_gb(sizes.nbytes)} stored. {plan.workload.n_run:,} tokens through "
+        f"plan: {sizes.total_rows:,} rows in {count_of(sizes.n_shards, 'shard')} and "
+        f"{count_of(sizes.n_objects, 'object')}{todo}; {format_nbytes(sizes.raw_nbytes)} raw, about "
+        f"{format_nbytes(sizes.nbytes)} stored. {plan.workload.n_run:,} tokens through "
         f"the model, {plan.workload.n_straddling:,} of them twice and {plan.workload.n_padding:,} padding: about "
         f"{_minutes(plan.stages.total)} on {machine.count} x {machine.name}, {NAMES[plan.stages.binding]} binds. "
-        f"{plan.n_workers} worker(s) of {_gb(memory.host)} memory"
+        f"{plan.n_workers} worker(s) of {format_nbytes(memory.host)} memory"
     )
     if (cost := plan.cost.total(plan.job.plan.months)) > 0:
         text += f"; ${cost:,.2f} with {plan.job.plan.months:g} month(s) of storage"
     return text + "; 'actlake plan' has more"
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.2f} GB"
 
 
 def _minutes(seconds: float) -> str:

@@ -151,7 +151,7 @@ def test_a_task_of_the_array_builds_its_slice(job: Path, tmp_path: Path, stand_i
     assert run("prepare.sbatch", job, stand_ins).returncode == 0
     done = run("ingest-array.sbatch", job, stand_ins | TASK_3)
     assert done.returncode == 0, done.stderr
-    assert "built 1 shards of slice 3/4" in done.stdout
+    assert "built 1 shard of slice 3/4" in done.stdout
     assert Store(tmp_path / "ds").names("commits/00000000") == ["0000000003.json"]
     whole = run("ingest-node.sbatch", job, stand_ins)
     assert (whole.returncode, "built 4 shards" in whole.stdout) == (0, True), whole.stderr
