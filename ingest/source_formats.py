@@ -75,7 +75,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _read_parquet(file: SourceFile, stream: BinaryIO, fields: Fields, groups: range | None) -> Iterator[Record]:
+def _read_parquet(
+    file: SourceFile, stream: BinaryIO, fields: Fields, groups: range | None
+) -> Iterator[Record | BadDocument]:
     parquet = pq.ParquetFile(stream)
     sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
     chosen = range(len(sizes)) if groups is None else groups
@@ -84,7 +86,9 @@ def _read_parquet(file: SourceFile, stream: BinaryIO, fields: Fields, groups: ra
     yield from _rows(file, batches, sum(sizes[: chosen.start]))
 
 
-def _read_arrow(file: SourceFile, stream: BinaryIO, fields: Fields, _groups: range | None) -> Iterator[Record]:
+def _read_arrow(
+    file: SourceFile, stream: BinaryIO, fields: Fields, _groups: range | None
+) -> Iterator[Record | BadDocument]:
     is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
     stream.seek(0)
     if is_file:
@@ -110,10 +114,22 @@ def _columns(file: SourceFile, schema: pa.Schema, fields: Fields) -> list[str]:
     return [name for name in schema.names if name in fields.names]
 
 
-def _rows(file: SourceFile, batches: Iterator[Any], number: int) -> Iterator[Record]:
+def _rows(file: SourceFile, batches: Iterator[Any], number: int) -> Iterator[Record | BadDocument]:
     for batch in batches:
-        for row in batch.to_pylist():
-            yield Record(fields=row, default_id=f"{file.name}:{number}", place=f"{file.name}, row {number}")
+        try:
+            found = batch.to_pylist()
+        except UnicodeDecodeError:
+            # One of them; which, is known when each is read.
+            found = None
+        for i in range(batch.num_rows):
+            place = f"{file.name}, row {number}"
+            try:
+                row = batch.slice(i, 1).to_pylist()[0] if found is None else found[i]
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 ({error.reason} at byte {error.start}); convert the column to UTF-8"
+                yield BadDocument(document="", source=file.source, place=place, reason=reason)
+            else:
+                yield Record(fields=row, default_id=f"{file.name}:{number}", place=place)
             number += 1
 
 

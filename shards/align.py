@@ -7,12 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 from actlake.shards.dataset import ActivationDataset, Points, require_torch
+from actlake.shards.point_view import RowKey
 from actlake.shards.source import Source, rows_in_common
 from actlake.storage.corpus_segments import require_one_corpus
 from actlake.storage.errors import BadInputError, SpecMismatchError, UnknownNameError, nearest
 from actlake.storage.moments import Moments
 
 if TYPE_CHECKING:
+    from actlake.shards.batch import TokenBatch
+    from actlake.shards.lookup import RowContext, SequenceRows
     from actlake.shards.normalizer import Normalizer
     from actlake.shards.stream import ActivationStream
     from actlake.shards.view import View
@@ -82,6 +85,46 @@ class AlignedDatasets:
         from actlake.shards.streaming import make_normalizer
 
         return make_normalizer(self, points, kind)
+
+    def sample(self, points: str | Sequence[str], n: int, seed: int = 0) -> "TokenBatch":
+        """Return a batch of ``n`` uniform rows that every dataset has and none has as void, without replacement."""
+        require_torch()
+        from actlake.shards.lookup import draw_rows
+
+        return self.batch_of(points, draw_rows(self.source(self.hook_points), n, seed=seed))
+
+    def batch_of(self, points: str | Sequence[str], rows: npt.NDArray[np.int64]) -> "TokenBatch":
+        """Return a batch of these rows, int64 [B], in their order."""
+        require_torch()
+        from actlake.shards.batch import TokenBatch
+        from actlake.shards.columns import BatchColumns
+
+        tensors = {}
+        for full in self._chosen(points):
+            dataset, point = self._of(full)
+            tensors[full] = dataset.tensor(point, rows)
+        return TokenBatch(
+            tensors, BatchColumns(lambda name: rows if name == "row" else self.first[f"rows/{name}"][rows])
+        )
+
+    def context(self, rows: RowKey, *, before: int = 20, after: int = 10) -> "list[RowContext]":
+        """Return the text around rows, which is one for all datasets."""
+        return self.first.context(rows, before=before, after=after)
+
+    def sequence(self, number: int, points: str | Sequence[str] | None = None) -> "SequenceRows":
+        """Return all rows of one sequence in order, at hook points of any of the datasets; void ones are left out."""
+        require_torch()
+        from actlake.shards.lookup import in_common
+
+        own: dict[str, list[str]] = {}
+        for full in self.hook_points if points is None else self._chosen(points):
+            name, _, point = full.partition(":")
+            own.setdefault(name, []).append(point)
+        return in_common({name: self.datasets[name].sequence(number, chosen) for name, chosen in own.items()})
+
+    def _chosen(self, points: str | Sequence[str]) -> tuple[str, ...]:
+        patterns = [points] if isinstance(points, str) else points
+        return tuple(dict.fromkeys(full for pattern in patterns for full in self.select(pattern)))
 
     # --- what a stream asks for ---
 

@@ -237,20 +237,25 @@ class ActivationDataset:
     def sample(self, points: str | Sequence[str], n: int, seed: int = 0) -> "TokenBatch":
         """Return a batch of ``n`` uniform rows that are not void, drawn without replacement.
 
-        For a bias or a geometric median to begin with; ``shards.lookup.sample`` says what is read and raised.
+        For a bias or a geometric median to begin with; ``shards.lookup.draw_rows`` says what is read and raised.
         """
+        require_torch()
+        from actlake.shards.lookup import draw_rows
+
+        return self.batch_of(points, draw_rows(self.source(self.hook_points), n, seed=seed))
+
+    def batch_of(self, points: str | Sequence[str], rows: I64) -> "TokenBatch":
+        """Return a batch of these rows, int64 [B], in their order; ``points`` are hook points or patterns of them."""
         require_torch()
         from actlake.shards.batch import TokenBatch
         from actlake.shards.columns import BatchColumns
-        from actlake.shards.lookup import sample
 
-        tensors, rows = sample(self, points, n, seed=seed)
-        numbers = rows.numpy()
+        chosen = self.spec.select(points if isinstance(points, str) else list(points))
 
         def read(name: str) -> npt.NDArray[Any]:
-            return numbers if name == "row" else self[f"rows/{name}"][numbers]
+            return rows if name == "row" else self[f"rows/{name}"][rows]
 
-        return TokenBatch(tensors, BatchColumns(read))
+        return TokenBatch({point: self.tensor(point, rows) for point in chosen}, BatchColumns(read))
 
     # --- what a stream asks for ---
 

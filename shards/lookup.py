@@ -25,6 +25,8 @@ from actlake.storage.rowspace import ROLE_VOID, ROLES
 
 if TYPE_CHECKING:
     from actlake.shards.dataset import ActivationDataset
+    from actlake.shards.order import Snapshot
+    from actlake.shards.source import Source
 
 I64 = npt.NDArray[np.int64]
 
@@ -190,6 +192,28 @@ def sequence(dataset: "ActivationDataset", number: int, points: str | Sequence[s
     )
 
 
+def in_common(parts: Mapping[str, SequenceRows]) -> SequenceRows:
+    """Return one sequence of datasets that align: the rows that all have, at ``name:point`` of each."""
+    first, *others = parts.values()
+    rows = first.row.numpy()
+    for other in others:
+        rows = rows[np.isin(rows, other.row.numpy())]
+    kept = {name: torch.from_numpy(np.isin(part.row.numpy(), rows)) for name, part in parts.items()}
+    mine = next(iter(kept.values()))
+    return SequenceRows(
+        sequence=first.sequence,
+        row=first.row[mine],
+        token_id=first.token_id[mine],
+        position=first.position[mine],
+        role=first.role[mine],
+        activations={
+            f"{name}:{point}": values[kept[name]]
+            for name, part in parts.items()
+            for point, values in part.activations.items()
+        },
+    )
+
+
 def _patterns(points: str | Sequence[str]) -> str | list[str]:
     return points if isinstance(points, str) else list(points)
 
@@ -239,44 +263,39 @@ def _require_whole(dataset: "ActivationDataset", number: int, first: int, stop: 
 # --- a sample ---
 
 
-def sample(
-    dataset: "ActivationDataset", points: str | Sequence[str], n: int, *, seed: int = 0
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return n rows drawn uniformly, without replacement, from the committed ones that are not void.
+def draw_rows(source: "Source", n: int, *, seed: int = 0) -> I64:
+    """Return the numbers of n rows drawn uniformly, without replacement, from those committed everywhere, void nowhere.
 
-    Exactly uniform over all of them, in random order: also the first rows of a sample are one. Returns a tensor
-    [n, width] by hook point, and the row numbers, int64 [n]; the same rows for the same seed and committed shards.
+    int64 [n], exactly uniform over all of them, in random order: also the first rows of a sample are one. The same rows
+    for the same seed and committed shards.
 
     Each row costs the chunk that it is in (about 2 MiB a hook point), and a chunk is read once: small samples of large
     datasets read n chunks, those of n >> chunks the whole hook point. Where a mix of a few hundred chunks will do, a
     batch of ``stream`` costs less. For shards with void rows, their roles are read too.
     """
-    chosen = dataset.spec.select(_patterns(points))
-    shard, n_kept = _kept_by_shard(dataset)
+    snapshot = source.snapshot()
+    n_kept = snapshot.n_rows - snapshot.n_void
+    if len(source.readers) > 1:
+        # A row may be void in several of them.
+        for i in np.flatnonzero(snapshot.n_void).tolist():
+            n_kept[i] = len(_kept_rows(source, snapshot, i))
     total = int(n_kept.sum())
     if not 0 < n <= total:
         raise BadInputError(f"n = {n} rows cannot be drawn from {total}; use 1..{total}")
     drawn = _draw(np.random.default_rng(seed), n, total)
     edges = np.concatenate([[0], np.cumsum(n_kept)])
     place = np.searchsorted(edges, drawn, side="right") - 1
-    rows = shard[place] * dataset.spec.rows_per_shard + drawn - edges[place]
+    rows: I64 = snapshot.shard[place] * source.spec.rows_per_shard + drawn - edges[place]
     for i in np.unique(place).tolist():
-        if dataset.reader.record(int(shard[i])).n_void:
+        if snapshot.n_void[i]:
             of_shard = place == i
-            rows[of_shard] = _kept_rows(dataset, int(shard[i]))[drawn[of_shard] - edges[i]]
-    return {point: dataset.tensor(point, rows) for point in chosen}, torch.from_numpy(rows)
+            rows[of_shard] = _kept_rows(source, snapshot, i)[drawn[of_shard] - edges[i]]
+    return rows
 
 
-def _kept_by_shard(dataset: "ActivationDataset") -> tuple[I64, I64]:
-    # The committed shards, and how many rows of each are not void.
-    shard, n_rows, n_void = (dataset.manifest[name].to_numpy() for name in ("shard", "n_rows", "n_void"))
-    return shard, n_rows - n_void
-
-
-def _kept_rows(dataset: "ActivationDataset", shard: int) -> I64:
-    start = shard * dataset.spec.rows_per_shard
-    role = dataset["rows/role"][start : start + dataset.reader.record(shard).n_rows]
-    return start + np.flatnonzero(role != ROLE_VOID)
+def _kept_rows(source: "Source", snapshot: "Snapshot", index: int) -> I64:
+    shard, n_rows = int(snapshot.shard[index]), int(snapshot.n_rows[index])
+    return shard * source.spec.rows_per_shard + np.flatnonzero(~source.voids(shard, n_rows))
 
 
 def _draw(random: np.random.Generator, n: int, total: int) -> I64:

@@ -31,6 +31,7 @@ def identity(source: Source, settings: StreamSettings, segments: Mapping[str, An
         "order": settings.order,
         "epochs": "endless" if settings.epochs is None else "counted",
         "rows": settings.rows,
+        "normalize": settings.normalize,
         "drop_last": settings.drop_last,
         "follow": settings.wave_shards,
         **segments,

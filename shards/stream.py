@@ -177,8 +177,13 @@ class ActivationStream(IterableDataset[TokenBatch]):
         return adapters.OpenMoss(self)
 
     def sequences(self, *, n_sequences: int = 16, n_tokens: int | None = None) -> Sequences:
-        """Batches as whole sequences in order, hook point to [S, T, D] padded; of a stream of order="sequence"."""
-        return Sequences(self, n_sequences=n_sequences, n_tokens=n_tokens)
+        """Batches as whole sequences in order, hook point to [S, T, D] padded; of a stream of order="sequence".
+
+        Nothing is left out: where this stream drops its last rows, the sequences come from one that does not.
+        """
+        settings = self.settings
+        whole = ActivationStream(self._origin, replace(settings, drop_last=False)) if settings.drop_last else self
+        return Sequences(whole, n_sequences=n_sequences, n_tokens=n_tokens)
 
     # --- state ---
 
@@ -372,9 +377,9 @@ class ActivationStream(IterableDataset[TokenBatch]):
 
     def _placed(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         settings = self.settings
-        if settings.pin_memory:
+        if settings.pin_memory and torch.accelerator.is_available():
             rows = rows.pin_memory()
-        rows = rows.to(settings.device)
+        rows = rows.to(settings.device, non_blocking=settings.pin_memory)
         if self.normalizer is not None:
             rows = self.normalizer.apply(rows, name)
         return rows if settings.dtype is None else rows.to(settings.dtype)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from actlake.shards.normalizer import Normalizer
 from actlake.shards.origin import Origin
 from actlake.shards.settings import StreamSettings, this_rank
@@ -10,8 +12,6 @@ from actlake.shards.stream import ActivationStream
 from actlake.storage.errors import BadInputError, nearest
 
 if TYPE_CHECKING:
-    import torch
-
     from actlake.shards.dataset import Points
 
 
@@ -28,7 +28,7 @@ def make_stream(
     world_size: int | None = None,
     same_batch: bool = False,
     order: Literal["shuffled", "sequence"] = "shuffled",
-    dtype: "torch.dtype | None" = None,
+    dtype: "torch.dtype | str | None" = None,
     device: "str | torch.device" = "cpu",
     pin_memory: bool = False,
     normalize: Literal["unit", "sqrt_d", "standardize"] | None = None,
@@ -54,9 +54,10 @@ def make_stream(
         same_batch: all ranks get the same rows (tensor parallelism).
         order: ``"sequence"`` puts the rows back into the corpus's order, block by block; every row is then copied on
             its own, at about half the speed, and two shuffle blocks must fit ``buffer_bytes``.
-        dtype: of the tensors; by default as stored, float32 where they are normalised.
+        dtype: of the tensors, e.g. ``"float32"``; by default as stored, float32 where they are normalised.
         device: where the tensors go.
-        pin_memory: copy them to the device from pinned memory.
+        pin_memory: copy them to the device from pinned memory, while the trainer goes on; without effect where there is
+            no accelerator, as in torch's ``DataLoader``.
         normalize: divide by a scale from the stored statistics, in float32 on the device: ``"unit"`` makes the mean
             squared norm 1, ``"sqrt_d"`` the mean norm sqrt(d), ``"standardize"`` each channel's mean 0 and variance 1.
         columns: metadata fields of the corpus to have in ``batch.columns``.
@@ -84,7 +85,7 @@ def make_stream(
         rank=rank,
         world_size=world_size,
         order=order,
-        dtype=dtype,
+        dtype=_dtype(dtype),
         device=device,
         pin_memory=pin_memory,
         normalize=normalize,
@@ -102,6 +103,15 @@ def make_normalizer(origin: Origin, points: "Points", kind: str) -> Normalizer:
     inputs, targets = _sides(points, origin)
     moments = {name: origin.statistics(name) for name in dict.fromkeys((*inputs, *targets))}
     return Normalizer.of(moments, kind, inputs, targets)
+
+
+def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise BadInputError(f"dtype = {dtype!r} is no dtype of activations; use e.g. 'float32' or torch.bfloat16")
+    return found
 
 
 def _sides(points: "Points", origin: Origin) -> tuple[tuple[str, ...], tuple[str, ...]]:

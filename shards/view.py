@@ -10,12 +10,16 @@ import numpy.typing as npt
 
 from actlake.shards.align import AlignedDatasets
 from actlake.shards.dataset import ActivationDataset, Points, require_torch
+from actlake.shards.point_view import RowKey
 from actlake.shards.prefetch import Workers, thread_count
 from actlake.shards.select import RowFilter, where
 from actlake.shards.source import Source
+from actlake.storage.errors import BadInputError
 from actlake.storage.moments import Moments
 
 if TYPE_CHECKING:
+    from actlake.shards.batch import TokenBatch
+    from actlake.shards.lookup import RowContext, SequenceRows
     from actlake.shards.normalizer import Normalizer
     from actlake.shards.stream import ActivationStream
 
@@ -28,9 +32,9 @@ class AllOf:
 
     def mask(self, shard: int, start: int, n_rows: int) -> npt.NDArray[np.bool_]:
         """Return bool [n_rows]: which of a shard's stored rows are chosen."""
-        mask = self.filters[0].mask(shard, start, n_rows)
-        for other in self.filters[1:]:
-            mask &= other.mask(shard, start, n_rows)
+        mask = np.ones(n_rows, dtype=np.bool_)
+        for each in self.filters:
+            mask &= each.mask(shard, start, n_rows)
         return mask
 
     def describe(self) -> list[dict[str, Any]]:
@@ -56,10 +60,13 @@ class View:
     def where(self, **conditions: Any) -> "View":
         """Return the view of the rows that fulfil these conditions as well."""
         norms: dict[str, dict[str, Any]] = {}
-        for point, limits in (conditions.pop("norm", None) or {}).items():
-            (full,) = self.origin.select(point)
-            name, colon, own = full.partition(":")
-            norms.setdefault(name if colon else "", {})[own if colon else full] = limits
+        limits_of = conditions.pop("norm", None) or {}
+        if not isinstance(limits_of, Mapping):
+            raise BadInputError(f"norm = {limits_of!r}: write the hook point, {{'layers.9.resid_post': (None, 10.0)}}")
+        for pattern, limits in limits_of.items():
+            for full in self.origin.select(pattern):
+                name, own = self._own(full)
+                norms.setdefault(name, {})[own] = limits
         first = next(iter(self._datasets))
         if conditions:
             norms.setdefault(first, {})
@@ -68,6 +75,11 @@ class View:
             for name, points in norms.items() or [(first, {})]
         ]
         return View(self.origin, (*self._filters, *added))
+
+    def _own(self, full: str) -> tuple[str, str]:
+        # A hook point's dataset, "" where there is but one, and what it is called there.
+        name, colon, own = full.partition(":")
+        return (name, own) if colon else ("", full)
 
     @property
     def _datasets(self) -> Mapping[str, ActivationDataset]:
@@ -83,7 +95,7 @@ class View:
 
     @cached_property
     def n_rows(self) -> int:
-        """Rows that are chosen; reads what the conditions ask about."""
+        """Rows that are chosen, of aligned datasets those that all have; reads what the conditions ask about."""
         return sum(map(len, self._rows_by_shard()))
 
     @property
@@ -101,6 +113,23 @@ class View:
 
         return make_stream(self, points, **options)
 
+    def sample(self, points: str | Sequence[str], n: int, seed: int = 0) -> "TokenBatch":
+        """Return a batch of ``n`` of the chosen rows, uniform and without replacement, as of a dataset."""
+        rows = self.row_numbers
+        if not 0 < n <= len(rows):
+            raise BadInputError(
+                f"n = {n} rows cannot be drawn from the {len(rows)} that are chosen; use 1..{len(rows)}"
+            )
+        return self.origin.batch_of(points, np.random.default_rng(seed).choice(rows, n, replace=False))
+
+    def context(self, rows: RowKey, *, before: int = 20, after: int = 10) -> "list[RowContext]":
+        """Return the text around rows, chosen or not; row numbers are those of the dataset (``batch.row``)."""
+        return self.origin.context(rows, before=before, after=after)
+
+    def sequence(self, number: int, points: str | Sequence[str] | None = None) -> "SequenceRows":
+        """Return all rows of one sequence in order, chosen or not."""
+        return self.origin.sequence(number, points)
+
     def normalizer(self, points: Points, kind: str) -> "Normalizer":
         """Return the dataset's normalizer: statistics are of all rows, chosen or not."""
         return self.origin.normalizer(points, kind)
@@ -112,14 +141,20 @@ class View:
         return AllOf(tuple(each for _, each in self._filters))
 
     def _rows_by_shard(self) -> list[npt.NDArray[np.int64]]:
-        first = next(iter(self._datasets.values()))
-        shards, rows_per_shard = first.reader.manifest.n_rows_by_shard(), first.spec.rows_per_shard
+        # As a stream has them: rows that every dataset has, void in none.
+        source = self.source(self.hook_points)
+        snapshot, rows_per_shard = source.snapshot(), source.spec.rows_per_shard
+        n_rows = dict(zip(snapshot.shard.tolist(), snapshot.n_rows.tolist(), strict=True))
+        with_voids = set(snapshot.shard[snapshot.n_void > 0].tolist())
 
         def chosen(shard: int) -> npt.NDArray[np.int64]:
-            return shard * rows_per_shard + np.flatnonzero(self._all.mask(shard, 0, shards[shard]))
+            mask = self._all.mask(shard, 0, n_rows[shard])
+            if shard in with_voids:
+                mask &= ~source.voids(shard, n_rows[shard])
+            return shard * rows_per_shard + np.flatnonzero(mask)
 
-        with Workers(thread_count(first.store.local)) as workers:
-            return list(workers.map(chosen, sorted(shards)))
+        with Workers(thread_count(source.local)) as workers:
+            return list(workers.map(chosen, sorted(n_rows)))
 
     def select(self, pattern: str) -> tuple[str, ...]:
         """Expand one pattern of hook points."""

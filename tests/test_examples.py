@@ -286,6 +286,14 @@ def test_it_learns_real_activations(real: str, name: str, limit: float) -> None:
 
 
 @pytest.mark.slow
+def test_a_topk_autoencoder_learns_real_activations(real: str) -> None:
+    curve: list[tuple[int, float]] = []
+    topk_sae.fit(actlake.open(real), "layers.9.resid_post", steps=30, on_step=lambda *at: curve.append(at))
+    # 0.49 was left unexplained when the limit was set; the mean alone leaves 1.
+    assert 1 - curve[-1][1] < 0.6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [matryoshka_sae, transcoder, skip_transcoder, cross_layer_transcoder, crosscoder, model_diffing],

@@ -124,6 +124,12 @@ def modules_after(code: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
+def test_a_package_is_there_when_it_is_named() -> None:
+    code = "import actlake; print(actlake.storage.__name__, actlake.ingest.splice.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "actlake.storage splice\n"
+
+
 def test_importing_actlake_is_light() -> None:
     loaded = modules_after("import actlake")
     assert loaded & {"torch", "transformers", "ray", "actlake.jobs", "actlake.ingest"} == set()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 __all__ = ["ActivationDataset", "ActlakeError", "HookPoint", "__version__", "align", "catalog", "open"]
 
+_PACKAGES = ("ingest", "jobs", "shards", "storage")
+
 # Loaded at first use: numpy and pyarrow take half a second, which a mistyped command line should not cost.
 _HOMES = {
     "ActivationDataset": "actlake.shards.dataset",
@@ -25,6 +27,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"actlake.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'actlake' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

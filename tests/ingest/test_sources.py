@@ -216,6 +216,22 @@ def test_bad_parquet_columns_are_named(tmp_path: Path) -> None:
     _raises("row 1 of .*: field 'body' holds NoneType", f"{tmp_path}/a.parquet", text="body")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_value_that_is_no_utf8_is_named_and_the_others_are_read(tmp_path: Path, kind: str) -> None:
+    edges = pa.array([0, 2, 4, 6], pa.int32()).buffers()[1]
+    table = pa.table({"text": pa.StringArray.from_buffers(3, edges, pa.py_buffer(b"ok\xff\xfeOK"))})
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    _raises(rf"a\.{kind}, row 1 of .*: not UTF-8 \(invalid start byte at byte 0\); convert", str(path))
+    found = list(read_documents([str(path)], Fields()))
+    assert [one.text for one in found if isinstance(one, Document)] == ["ok", "OK"]
+    assert [one.place for one in found if isinstance(one, BadDocument)] == [f"a.{kind}, row 1"]
+
+
 def test_a_document_must_have_text() -> None:
     with pytest.raises(BadInputError, match=r"it is empty; remove it or give it text"):
         Document(id="x", text="", source="s")

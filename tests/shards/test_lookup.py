@@ -14,7 +14,7 @@ from fakes import formula
 from formula_dataset import BOTH, NARROW, WIDE, Made, make_spec, same_bits
 from labelled import Labelled, Truth, make_labelled
 
-from actlake.shards.lookup import _draw, context, sample, sequence
+from actlake.shards.lookup import _draw, context, sequence
 from actlake.storage.arrays import ArraySpec
 from actlake.storage.errors import (
     BadInputError,
@@ -170,7 +170,8 @@ def test_a_sequence_is_whole_or_refused_where_shards_are_missing(tmp_path: Path,
 def test_a_sample_of_all_rows_has_each_once_and_no_void(make: Callable[..., Made]) -> None:
     voids = frozenset({0, 255, 256, 600})
     dataset = make(voids=voids).build_all().open()
-    tensors, rows = sample(dataset, BOTH, 864, seed=3)
+    batch = dataset.sample(BOTH, 864, seed=3)
+    tensors, rows = batch.activations, batch.row
     assert sorted(rows.tolist()) == sorted(set(range(868)) - voids)
     assert rows.tolist() != sorted(rows.tolist())
     assert list(tensors) == BOTH
@@ -180,7 +181,7 @@ def test_a_sample_of_all_rows_has_each_once_and_no_void(make: Callable[..., Made
 
 def test_a_sample_depends_on_its_seed_alone(make: Callable[..., Made]) -> None:
     dataset = make().build(0, 2).open()
-    one, two, other = (sample(dataset, WIDE, 50, seed=seed)[1] for seed in (1, 1, 2))
+    one, two, other = (dataset.sample(WIDE, 50, seed=seed).row for seed in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert set((one // 256).tolist()) == {0, 2}
@@ -199,4 +200,4 @@ def test_every_ordered_draw_is_equally_likely(n: int, total: int) -> None:
 @pytest.mark.parametrize("n", [0, -1, 869])
 def test_a_sample_that_cannot_be_drawn(make: Callable[..., Made], n: int) -> None:
     with pytest.raises(BadInputError, match=rf"n = {n} rows cannot be drawn from 868; use 1\.\.868"):
-        sample(make().build_all().open(), NARROW, n)
+        make().build_all().open().sample(NARROW, n)

@@ -8,9 +8,17 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def test_cross_layer_transcoder(run: Callable[..., dict[str, Any]]) -> None:
+    names = run("Cross-layer transcoder by hand")
+    assert names["batch"].shape == (256, 2, 3, names["d"])
+    # Standardised rows: predicting the mean costs 1.
+    assert names["loss"].item() < 0.5
+
+
 def test_sequences(run: Callable[..., dict[str, Any]]) -> None:
     names = run("Sequences")
-    assert names["batch"][names["point"]].shape[0] == 32
+    assert names["rows"].shape == (32, *names["mask"].shape[1:], names["stream"].widths[names["point"]])
+    assert names["loss"].item() < 0.5
 
 
 def test_every_block_is_run() -> None:
