@@ -137,7 +137,10 @@ class _Attempt:
         )
 
     def make(self) -> ShardRecord:
-        """Capture and store all hook points, then the row columns and statistics, then commit."""
+        """Capture and store all hook points, then the row columns and statistics, then commit.
+
+        The commit is looked for again before the first object is written: forward passes take long.
+        """
         objects: dict[str, ObjectRecord] = {}
         waiting, stored = deque(self._builder.passes), list[tuple[str, ...]]()
         while waiting:
@@ -148,9 +151,8 @@ class _Attempt:
                 # What is stored of other passes holds values where rows are void now.
                 waiting.extend(stored)
                 stored.clear()
-            if not objects and self._found is not None:
-                # A shard that has grown takes the keys of its objects: no reader may see them beside the old record.
-                uncommit(self._builder.store, self._shard)
+            if not objects and (newer := self._clear_the_way()) is not None:
+                return newer
             objects |= self._store(memory)
             stored.append(points)
         self._columns["rows/role"][self._statistics.void] = ROLE_VOID
@@ -159,6 +161,18 @@ class _Attempt:
             self._builder.store, self._shard, self._statistics.to_parquet(self._spec.point_names), self._timing
         )
         return self._commit(objects, stats)
+
+    def _clear_the_way(self) -> ShardRecord | None:
+        """Return the record that another attempt has committed meanwhile; without one un-commit the shorter shard."""
+        now = self._builder._committed(self._shard)
+        if now is not None and now.n_rows >= self._n_rows:
+            # A late attempt must not take back a shard that its run may have reported as whole.
+            return now
+        self._found = now or self._found
+        if self._found is not None:
+            # A shard that has grown takes the keys of its objects: no reader may see them beside the old record.
+            uncommit(self._builder.store, self._shard)
+        return None
 
     def _capture(self, points: Sequence[str]) -> Memory:
         """Run all batches as far as the deepest of some hook points; return their rows, each in its place."""

@@ -18,6 +18,9 @@ from actlake.storage.stores import Store
 
 Memory = Mapping[str, npt.NDArray[Any]]
 
+#: Rows that are looked at together.
+_PIECE_ROWS = 1024
+
 
 @dataclass
 class Timing:
@@ -85,13 +88,19 @@ class Statistics:
         return {point: self._of(point, rows, kept, workshop) for point, rows in memory.items()}
 
     def _of(self, point: str, bits: npt.NDArray[Any], kept: npt.NDArray[np.int64], workshop: Workshop) -> Moments:
-        rows = bits.view(self._arrays[point].numpy_dtype)
-        whole = rows[: len(kept)] if len(kept) and kept[-1] == len(kept) - 1 else rows[kept]
-        return of_shard(whole, workshop.encoders.map, self._first + kept)
+        rows, numbers = bits.view(self._arrays[point].numpy_dtype), self._first + kept
+        if len(kept) and kept[-1] == len(kept) - 1:
+            return of_shard(rows[: len(kept)], workshop.encoders.map, numbers)
+        return of_shard(rows, workshop.encoders.map, numbers, kept)
 
     def _finite(self, point: str, bits: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         rows = bits.view(self._arrays[point].numpy_dtype)
-        return np.asarray(np.isfinite(rows.astype(np.float32)).all(axis=1), dtype=np.bool_)
+        found = np.empty(len(rows), dtype=np.bool_)
+        # By pieces: a whole hook point in float32 would be twice the memory that it was given.
+        for start in range(0, len(rows), _PIECE_ROWS):
+            piece = slice(start, start + _PIECE_ROWS)
+            found[piece] = np.isfinite(rows[piece].astype(np.float32)).all(axis=1)
+        return found
 
 
 def store_arrays(

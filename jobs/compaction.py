@@ -80,7 +80,7 @@ class _Split:
     """The groups of one split: how many of their commits are still missing, and the records of those that came."""
 
     def __init__(self, store: Store, header: Header, missing: npt.NDArray[np.int64]) -> None:
-        self.store, self._dataset_id = store, header.spec.dataset_id
+        self.store, self._spec = store, header.spec
         space = header.spec.row_space(header.n_rows)
         self._n_groups = full_groups(space)
         # Of groups, 8 bytes each.
@@ -116,5 +116,7 @@ class _Split:
                 records[record.shard] = record
         except NotFoundError:
             return  # Another process builds it, or un-committed it; whoever finds the group whole writes it.
-        if all(record.dataset_id == self._dataset_id for record in records.values()):
+        # A group has whole shards alone. A short one was the last before the dataset grew: another slice builds it.
+        whole = self._spec.dataset_id, self._spec.rows_per_shard
+        if all((record.dataset_id, record.n_rows) == whole for record in records.values()):
             write_group(self.store, group, to_table(records[shard] for shard in shards))

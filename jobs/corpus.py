@@ -199,10 +199,15 @@ def _reply(
         hear.replies(n_done, n_missing)
 
 
-def require_engine(engine: str) -> None:
-    """Raise ``BadInputError`` for an engine that does not exist."""
+def require_engine(engine: str, address: str | None) -> None:
+    """Raise ``BadInputError`` for an engine that does not exist, or has no use for the address of a cluster."""
     if engine not in ENGINES:
         raise BadInputError(f"no engine {engine!r}; the engines are {', '.join(ENGINES)}")
+    if address is not None and engine != "ray":
+        raise BadInputError(
+            f"--address {address} is a Ray cluster's, and the engine {engine!r} runs on this machine: give --engine "
+            "ray, or leave --address out"
+        )
 
 
 @contextmanager

@@ -59,8 +59,7 @@ def ingest(
     with ExitStack() as stack:
         _check_slice(part, engine)
         check_engine(engine, address, stack)
-        if address is None:
-            check_device(job)
+        check_device(job, address)
         return _ingest(job, engine, address, _metered(job, engine, listener or Listener(), stack), part)
 
 
@@ -88,10 +87,20 @@ def _ingest(job: Job, engine: str, address: str | None, hear: Listener, part: Sl
     hear.planned(ready.plan)
     order = _work_order(job, ready.store, ready.corpus, ready.model, ready.plan)
     failed = _build_missing(job, ready, order, engine, address, hear)
-    report = _finish(ready.store, ready.plan, failed, time.perf_counter() - started)
+    try:
+        report = _finish(ready.store, ready.plan, failed, time.perf_counter() - started)
+    except ActlakeError as error:
+        if not failed:
+            raise
+        # Most often one cause, such as a full disk, and the shards are what has to be named.
+        raise ShardFailedError(f"{_told(failed, ready)}\nthe summaries were not written either: {error}") from error
     if failed:
-        raise ShardFailedError(failed.text(ready.plan.headers, ready.plan.n_shards, ready.corpus))
+        raise ShardFailedError(_told(failed, ready))
     return report
+
+
+def _told(failed: Failures, ready: Ready) -> str:
+    return failed.text(ready.plan.headers, ready.plan.n_shards, ready.corpus)
 
 
 def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: Plan) -> WorkOrder:

@@ -37,8 +37,8 @@ def prepare(
     """
     with ExitStack() as stack:
         check_engine(engine, address, stack)
-        if job.corpus.replies is not None and address is None:
-            check_device(job)
+        if job.corpus.replies is not None:
+            check_device(job, address)
         ready = make_ready(job, engine, address, listener or Listener(), here=False)
     return PrepareReport(
         dataset=ready.store.url,

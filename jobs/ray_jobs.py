@@ -7,10 +7,10 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 from actlake.jobs.engines.ray_address import CONNECT_S, TOKEN_REMEDY, token
@@ -25,12 +25,22 @@ _ANSWER_S = 60.0
 #: Seconds that a head which has just started may take until it can start a job.
 _AGENT_S = 60.0
 
+#: Seconds that a head may be away while a job is waited for: a restart, a proxy that is rolled out.
+_AWAY_S = 60.0
+
 #: Seconds between two looks at a job that is waited for.
 _POLL_S = 1.0
 
 
+_Answer = TypeVar("_Answer")
+
+
 class ServerError(ActlakeError):
     """The cluster answers with an error of its own."""
+
+
+class NoAnswerError(BadInputError):
+    """Nobody answers at the cluster's URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +150,13 @@ class JobsApi:
         self._json("POST", f"/api/jobs/{quote(job)}/stop")
 
     def wait(self, job: str, timeout_s: float | None = None) -> RayJob:
-        """Return a job once it is over, or as it is after ``timeout_s``."""
+        """Return a job once it is over, or as it is after ``timeout_s``; goes on when the head was away."""
         started = time.monotonic()
-        while not (found := self.job(job)).over and (timeout_s is None or time.monotonic() - started < timeout_s):
+        while True:
+            found = _patient(lambda: self.job(job))
+            if found.over or (timeout_s is not None and time.monotonic() - started >= timeout_s):
+                return found
             time.sleep(_POLL_S)
-        return found
 
     def follow(self, job: str) -> Iterator[str]:
         """Yield what a job prints, from its beginning until it is over; goes on after a lost connection."""
@@ -157,8 +169,8 @@ class JobsApi:
                 if n_received > n_seen:
                     yield text[max(0, len(text) - (n_received - n_seen)) :]
                     n_seen = n_received
-            if self.job(job).over:
-                if rest := self.logs(job)[n_seen:]:
+            if _patient(lambda: self.job(job)).over:
+                if rest := _patient(lambda: self.logs(job))[n_seen:]:
                     yield rest
                 return
             time.sleep(_POLL_S)
@@ -187,7 +199,7 @@ class JobsApi:
             raise self._refused(path, error.code, text) from error
         except (OSError, HTTPException, ValueError) as error:
             why = getattr(error, "reason", None) or error
-            raise BadInputError(
+            raise NoAnswerError(
                 f"no Jobs API answers at {self.url} ({why}); --address is the URL of a head's dashboard, e.g. "
                 "http://HEAD:8265"
             ) from error
@@ -200,6 +212,18 @@ class JobsApi:
             return NotFoundError(f"{self.url}{path} is not there: {text}")
         # The last line of a traceback says what went wrong.
         return ServerError(f"{self.url}{path} answers {code}: {text.splitlines()[-1] if text else 'nothing'}")
+
+
+def _patient(ask: Callable[[], _Answer]) -> _Answer:
+    """Return an answer; a head that does not answer, or with an error of its own, is asked again for a while."""
+    deadline = time.monotonic() + _AWAY_S
+    while True:
+        try:
+            return ask()
+        except (NoAnswerError, ServerError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 def _job(item: Mapping[str, Any]) -> RayJob:
@@ -232,6 +256,8 @@ def _tail(url: str, headers: Mapping[str, str]) -> Iterator[str]:
             session.ws_connect(url, heartbeat=30, max_msg_size=0) as socket,
         ):
             async for message in socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    return  # A connection that broke is a message, too.
                 yield str(message.data)
 
     with asyncio.Runner() as runner:

@@ -115,7 +115,7 @@ def make_ready(
 
 def check_engine(engine: str, address: str | None, stack: ExitStack) -> None:
     """Find out what is not installed, not there or not reachable before anything is written."""
-    require_engine(engine)
+    require_engine(engine, address)
     if engine == "ray":
         from actlake.jobs.engines import ray_cluster
 
@@ -125,8 +125,18 @@ def check_engine(engine: str, address: str | None, stack: ExitStack) -> None:
         import torch  # noqa: F401 - asked for before the work starts
 
 
-def check_device(job: Job) -> None:
-    """Raise ``JobFileError`` where this machine lacks the device that the job wants."""
+def check_device(job: Job, address: str | None) -> None:
+    """Raise ``JobFileError`` where this machine lacks the device that the job wants.
+
+    With an ``address``, which must be connected to, where 'auto' would leave the GPUs of that cluster idle.
+    """
+    if address is not None:
+        _check_cluster_device(job)
+    else:
+        _check_device_here(job)
+
+
+def _check_device_here(job: Job) -> None:
     import torch
 
     device, n_gpus = device_of(job), torch.cuda.device_count()
@@ -139,6 +149,17 @@ def check_device(job: Job) -> None:
         raise JobFileError(
             f"run.device = {job.run.device!r} with run.gpus_per_worker = {job.run.gpus_per_worker} wants {wanted} "
             f"GPUs, torch finds {n_gpus} here; ask for more, or lower it"
+        )
+
+
+def _check_cluster_device(job: Job) -> None:
+    from actlake.jobs.engines import ray_cluster
+
+    n_gpus = sum(node["Resources"].get("GPU", 0) for node in ray_cluster.nodes())
+    if job.run.device == "auto" and n_gpus and device_of(job) == "cpu":
+        raise JobFileError(
+            "run.device = 'auto' is what the driver's machine has, and that has no GPU, while the cluster has "
+            f"{n_gpus:g}: say 'cuda', with run.workers, or 'cpu'"
         )
 
 

@@ -82,8 +82,11 @@ class ShardCopier:
         return self.all_points if name == STATISTICS else self.old[name] == self.new[name]
 
     def same(self, record: ShardRecord, there: ShardRecord) -> bool:
-        """Say whether the shard that the target has is that of the source, by what is copied byte for byte."""
-        fields = ("shard", "first_row", "n_rows", "n_void", "revision")
+        """Say whether the shard that the target has is that of the source, by what is copied byte for byte.
+
+        The revision is not looked at: a shard that was repaired counts from 0 again, and holds the same.
+        """
+        fields = ("shard", "first_row", "n_rows", "n_void")
         names = [name for name in self.new if self.is_verbatim(name)]
         return (
             all(getattr(record, field) == getattr(there, field) for field in fields)

@@ -198,13 +198,20 @@ class Moments:
         return tuple(OutlierChannel(int(i), float(mean), float(std), float(share)) for i, mean, std, share in found)
 
 
-def of_shard(rows: npt.NDArray[Any], mapper: Mapper = map, numbers: I64 | None = None) -> Moments:
+def of_shard(
+    rows: npt.NDArray[Any], mapper: Mapper = map, numbers: I64 | None = None, kept: I64 | None = None
+) -> Moments:
     """Return the statistics of a shard's ``rows`` [n, D]: of pieces of 1,024, merged by a fixed tree.
 
-    ``mapper`` may spread the pieces over threads; ``numbers`` are those of ``Moments.of``.
+    ``mapper`` may spread the pieces over threads; ``numbers`` are those of ``Moments.of``. With ``kept``, rows in
+    ascending order, they are the statistics of ``rows[kept]``, which is copied by pieces alone.
     """
-    starts = range(0, len(rows), _PIECE_ROWS)
-    pieces = list(mapper(lambda start: Moments._of_piece(rows[start : start + _PIECE_ROWS]), starts))
+
+    def of_piece(start: int) -> tuple[Moments, F64]:
+        piece = slice(start, start + _PIECE_ROWS)
+        return Moments._of_piece(rows[piece if kept is None else kept[piece]])
+
+    pieces = list(mapper(of_piece, range(0, len(rows if kept is None else kept), _PIECE_ROWS)))
     return Moments._of_pieces(pieces, numbers) if pieces else Moments.empty(rows.shape[1])
 
 

@@ -94,9 +94,14 @@ def _terminate(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def interrupted_code() -> int:
+    """Return the exit code of a command that was interrupted, or terminated."""
+    return _TERMINATED if _terminated else _INTERRUPTED
+
+
 def _say_interrupted(code: int = 0) -> int:
     """Say that the command did not end by itself; return its exit code."""
-    code = code or (_TERMINATED if _terminated else _INTERRUPTED)
+    code = code or interrupted_code()
     what = "terminated" if code == _TERMINATED else "interrupted"
     ERRORS.print(f"{what}; run the same command again to go on where it stopped")
     return code

@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from actlake.jobs.cli.app import ERRORS, OUT, app
+from actlake.jobs.cli.app import ERRORS, OUT, app, interrupted_code
 from actlake.jobs.cli.options import AsJson, print_table
 from actlake.jobs.progress import Progress, format_duration, parse
 from actlake.jobs.ray_jobs import JobsApi, RayJob
@@ -30,7 +31,6 @@ _LINES = 200
 
 #: Of a job that was stopped, as of a process that SIGTERM ended.
 _STOPPED = 143
-_INTERRUPTED = 130
 
 
 @app.command()
@@ -131,25 +131,35 @@ def _api(address: str | None) -> JobsApi:
     return JobsApi(jobs_url(address))
 
 
-def _follow(api: JobsApi, job: str) -> None:
+@contextmanager
+def _watching(job: str) -> Iterator[None]:
+    """Say, where the block is interrupted, that the job is not."""
     try:
-        for text in api.follow(job):
-            typer.echo(text, nl=False)
+        yield
     except KeyboardInterrupt as error:
         ERRORS.print(f"the job goes on; 'actlake logs {job} -f' shows it again, 'actlake stop {job}' ends it")
-        raise typer.Exit(_INTERRUPTED) from error
+        raise typer.Exit(interrupted_code()) from error
+
+
+def _follow(api: JobsApi, job: str) -> None:
+    with _watching(job):
+        for text in api.follow(job):
+            typer.echo(text, nl=False)
 
 
 def _end(api: JobsApi, job: str) -> None:
     """Wait for a job; leave with its exit code."""
-    found = api.wait(job)
+    with _watching(job):
+        found = api.wait(job)
     if found.state == "SUCCEEDED":
         return
     ERRORS.print(f"{job} is {found.state}{_cause(found)}")
     if found.state == "STOPPED":
         raise typer.Exit(_STOPPED)
     # A job whose process never began has none: what it was given could not be used.
-    raise typer.Exit(found.exit_code if found.exit_code else 2)
+    code = found.exit_code or 2
+    # Of a process that a signal ended, as a shell says it.
+    raise typer.Exit(code if code > 0 else 128 - code)
 
 
 def _cause(job: RayJob) -> str:

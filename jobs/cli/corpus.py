@@ -41,7 +41,7 @@ def build(
     from actlake.jobs.cli.listener import listening
     from actlake.jobs.corpus import open_corpus, read_corpus_job, require_engine
 
-    require_engine(engine)
+    require_engine(engine, address)
     checked = read_corpus_job(job, url)
     with listening(ERRORS if as_json else OUT) as listener:
         model = resolve_model(checked.model, revision=checked.revision, notify=listener.note)

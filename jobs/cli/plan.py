@@ -98,7 +98,7 @@ class Asked:
 def _plan_release(asked: Asked, name: str, tokens_base: int, tokens_chat: int, dtype: str) -> None:
     from actlake.jobs.jobfile import LayoutOptions
     from actlake.jobs.plan.options import PlanOptions
-    from actlake.jobs.plan.release import plan_release
+    from actlake.jobs.plan.release import check_release, plan_release
 
     found = plan_release(
         name,
@@ -110,6 +110,7 @@ def _plan_release(asked: Asked, name: str, tokens_base: int, tokens_chat: int, d
         layout=LayoutOptions(**asked.layout),
     )
     show_release(found, asked.as_json)
+    check_release(found)
 
 
 def _plan_job(asked: Asked, path: Path, *, sample: int, offline: bool, by_layer: bool) -> None:

@@ -1,8 +1,10 @@
-"""What an engine reports while it runs, whichever it is."""
+"""What an engine reports while it runs, whichever it is; and what it raises where no worker can start."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 from actlake.jobs.work import Task
+from actlake.storage.errors import ActlakeError
 from actlake.storage.records import ShardRecord
 
 
@@ -54,3 +56,10 @@ class ShardAbandoned:
 
 
 Event = WorkersReady | ShardStarted | RowsCaptured | ShardCommitted | ShardRetried | ShardAbandoned
+
+
+def raise_unable(error: Exception) -> NoReturn:
+    """Raise what kept a worker from starting, as one of our errors: torch has its own for want of GPU memory."""
+    if isinstance(error, ActlakeError):
+        raise error
+    raise ActlakeError(f"a worker cannot start: {type(error).__name__}: {error}") from error

@@ -18,6 +18,7 @@ from actlake.jobs.engines.events import (
     ShardRetried,
     ShardStarted,
     WorkersReady,
+    raise_unable,
 )
 from actlake.jobs.engines.local_processes import Handle, Here, Process, gpu_groups
 from actlake.jobs.engines.local_worker import Failed, Gone, Message, Ready
@@ -35,6 +36,8 @@ class _Try:
     task: Task
     n_failures: int = 0
     n_deaths: int = 0
+    #: What it raised first, with which it is given up.
+    error: Exception | None = None
     #: The worker that failed last.
     by: "_Member | None" = None
 
@@ -62,8 +65,8 @@ def n_workers_here(order: WorkOrder, wanted: int) -> int:
 def run(order: WorkOrder, tasks: Iterable[Task], *, attempts: int, workers: int = 1) -> Generator[Event, None, None]:
     """Yield what happens until every task is committed or abandoned; at most ``n_workers_here`` workers.
 
-    Raises what the first worker that cannot have its model raised, and ``ActlakeError`` where their processes die
-    before they have it.
+    Raises what the first worker that cannot have its model raised, as an ``ActlakeError``, and one where their
+    processes die before they have it.
     """
     pool = _Pool(order, n_workers_here(order, workers), attempts)
     try:
@@ -149,11 +152,13 @@ class _Pool:
                 del member.building[message.task]
                 yield message
             case Failed(task=None, error=error):
-                raise error
+                raise_unable(error)
             case Failed(task=Task() as task):
                 one = member.building.pop(task)
                 one.by, one.n_failures = member, one.n_failures + 1
-                yield self._again(one, message.error, self._failed, one.n_failures < self._attempts)
+                one.error = one.error or message.error
+                may = one.n_failures < self._attempts
+                yield self._again(one, message.error if may else one.error, self._failed, may)
             case Gone():
                 yield from self._bury(member, message.status)
 

@@ -39,7 +39,7 @@ def run(
 
     ``note`` hears of what is wrong though the run goes on. Raises ``BadInputError`` where this machine's Ray has no
     room for a worker, ``ActlakeError`` where a cluster has none for ``options.start_timeout``, and what the first
-    worker that could not start had raised where none can.
+    worker that could not start had raised, as an ``ActlakeError``, where none can.
     """
     if order.device.startswith("cuda"):
         # Ray shows each actor its own GPUs alone, from the first.

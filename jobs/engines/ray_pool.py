@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import actlake
-from actlake.jobs.engines.events import Event, RowsCaptured, ShardCommitted, ShardStarted, WorkersReady
+from actlake.jobs.engines.events import Event, RowsCaptured, ShardCommitted, ShardStarted, WorkersReady, raise_unable
 from actlake.jobs.engines.ray_cluster import n_gpus, no_room, nodes, wanted_by
 from actlake.jobs.engines.ray_faults import cause_of, loss_of, one_line
 from actlake.jobs.engines.ray_worker import Place
@@ -42,8 +42,11 @@ _GET_S = 30.0
 #: Workers that may die, one after another in one place of the pool, before they have their model.
 _MOST_STARTS = 3
 
-#: Seconds that a pending worker gets after all others could not start.
+#: Seconds that a pending worker gets after all others could not start; in a run that has begun ``start_timeout``.
 _GRACE_S = 20.0
+
+#: Seconds after which workers are asked for again that could not even be made where Ray had put them.
+_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,10 @@ class _Member:
     def is_starting(self) -> bool:
         return self.place is not None and not self.capacity and self.error is None
 
+    @property
+    def is_unmade(self) -> bool:
+        return self.place is None and self.error is not None
+
 
 class Pool:
     """The workers of a run; ``run`` may be called once, ``close`` ends them all."""
@@ -119,6 +126,7 @@ class Pool:
         self._begun = False
         now = time.monotonic()
         self._enough_at = self._status_at = self._nodes_at = self._unable_at = now
+        self._told: set[str] = set()
         self._untold: list[str] = []
         for _ in range(options.most):
             self._add()
@@ -173,20 +181,28 @@ class Pool:
         """Keep a worker that cannot start as it is: it holds the room that another one would fail in."""
         member.error, self._unable_at = error, time.monotonic()
         text = f"a worker on {member.host} cannot start, the run goes on without it: {one_line(error)}"
-        if text not in self._untold:
+        if text not in self._told:
+            self._told.add(text)
             self._untold.append(text)
+        self._tell()
 
     def _tell(self) -> None:
-        if any(member.is_ready for member in self._members):
+        if self._begun or any(member.is_ready for member in self._members):
             for text in self._untold:
                 self._note(text)
             self._untold.clear()
+
+    @property
+    def _least(self) -> int:
+        """How many are to be ready: to begin with as many as the job says, or may still start, then one."""
+        able = sum(member.error is None for member in self._members)
+        return 1 if self._begun else max(1, min(self._options.least, able))
 
     # --- shards ---
 
     def _hand_out(self, queue: ShardQueue) -> Iterator[Event]:
         ready = [member for member in self._members if member.is_ready]
-        self._begun = self._begun or len(ready) >= self._options.least
+        self._begun = self._begun or len(ready) >= self._least
         if not self._begun:
             return
         free = [member for member in ready if len(member.building) < member.capacity and member.call != "probe"]
@@ -205,6 +221,9 @@ class Pool:
             free = [member for member in served if len(member.building) < member.capacity]
 
     def _wait(self) -> list[Any]:
+        if not self._calls:  # Of which Ray would answer at once.
+            time.sleep(_POLL_S)
+            return []
         done, rest = ray.wait(list(self._calls), timeout=_POLL_S)
         if done and rest:
             # All else that is there: one by one the waiting would cost the square of the workers.
@@ -255,7 +274,6 @@ class Pool:
             yield queue.failed(built, member, error)
             return
         self._unable(member, error)
-        self._tell()
 
     def _probe(self, member: _Member) -> None:
         """The connection to a worker broke: ask it again, which tells in the end whether it, or its node, is gone.
@@ -295,8 +313,9 @@ class Pool:
             self._nodes_at = now
             alive = {node["NodeID"] for node in nodes()}
             for member in [m for m in self._members if m.place is not None and m.place.node not in alive]:
-                if member.error is None:
-                    yield from self._lose(member, ActlakeError("its node is gone"), queue, Loss.NODE)
+                yield from self._lose(member, ActlakeError("its node is gone"), queue, Loss.NODE)
+        if now - self._unable_at > _AGAIN_S:
+            self._make_again()
         if now - self._status_at > max(_POLL_S, len(self._members) / _STATUS_PER_S):
             self._status_at = now
             for member in self._members:
@@ -304,19 +323,25 @@ class Pool:
                     self._call(member, "status")
         self._check_hope(now)
 
+    def _make_again(self) -> None:
+        """Ask again for workers that could not be made: they hold no room, so one bad node may have had them all."""
+        for member in [member for member in self._members if member.is_unmade]:
+            self._members.remove(member)
+            self._kill(member)
+            self._add()
+
     def _check_hope(self, now: float) -> None:
         """Raise where no worker can start, or none comes."""
         n_ready = sum(member.is_ready for member in self._members)
-        if any(member.is_starting for member in self._members) or n_ready >= (
-            1 if self._begun else self._options.least
-        ):
+        if any(member.is_starting for member in self._members) or n_ready >= self._least:
             self._enough_at = now
             return
         unable = [member for member in self._members if member.error is not None]
-        others = len(unable) < len(self._members)
-        if unable and not n_ready and (not others or now - self._unable_at > _GRACE_S):
+        # A run that has begun is worth waiting: for room, or for another node than the one that makes no worker.
+        may_come = any(member.error is None or (self._begun and member.is_unmade) for member in self._members)
+        if unable and not n_ready and (not may_come or (not self._begun and now - self._unable_at > _GRACE_S)):
             assert unable[0].error is not None
-            raise unable[0].error
+            raise_unable(unable[0].error)
         if now - self._enough_at > self._options.start_timeout:
             wanted = wanted_by(self._order, self._options.resources)
             least = "" if n_ready == 0 else f" ({n_ready} of run.workers.min = {self._options.least} are ready)"

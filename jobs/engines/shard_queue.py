@@ -37,6 +37,8 @@ class Try:
     n_failures: int = 0
     n_deaths: int = 0
     n_nodes: int = 0
+    #: What it raised first, with which it is given up.
+    error: Exception | None = None
     #: Workers that it failed on.
     failed_on: list[object] = field(default_factory=list)
     #: The worker that takes no other shard until it has this one, which is to be alone.
@@ -82,10 +84,12 @@ class ShardQueue:
         return None if task is None else Try(task)
 
     def failed(self, one: Try, worker: object, error: Exception) -> ShardRetried | ShardAbandoned:
-        """A shard raised an error: have it tried again, on another worker, as often as it may."""
+        """A shard raised an error: have it tried again, on another worker; given up, it is with its first error."""
         one.n_failures += 1
         one.failed_on.append(worker)
-        return self._put(one, error, may=one.n_failures < self._attempts)
+        one.error = one.error or error
+        may = one.n_failures < self._attempts
+        return self._put(one, error if may else one.error, may=may)
 
     def lost(self, one: Try, worker: object, loss: Loss, host: str) -> ShardRetried | ShardAbandoned:
         """The worker of a shard is gone: have it tried again."""

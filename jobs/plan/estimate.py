@@ -12,7 +12,7 @@ from actlake.jobs.jobfile import Job
 from actlake.jobs.plan.machine import Machine
 from actlake.jobs.plan.memory import WorkerMemory, worker_memory
 from actlake.jobs.plan.money import Cost, StoreOrRecompute, cost_of, store_or_recompute
-from actlake.jobs.plan.rates import Rates
+from actlake.jobs.plan.rates import Rates, StoreRates
 from actlake.jobs.plan.sizes import ROWS, Sizes, sizes_of
 from actlake.jobs.plan.stages import Stages, stages_of, worker_rate
 from actlake.jobs.plan.transformer import flops_per_token
@@ -173,7 +173,7 @@ def estimate(job: Job, spec: DatasetSpec, shape: ModelShape, workload: Workload,
         n_workers=n_workers,
         passes=passes.forward,
     )
-    n_parts = _metadata_objects(spec, sizes) + (_parts(job, sizes) if store.bills_parts else 0)
+    n_parts = _metadata_objects(spec, sizes) + (_parts(job, sizes, store) if store.bills_parts else 0)
     cost = cost_of(machine, store, sizes, seconds=stages.total, n_parts=n_parts)
     rate = setting.tokens_per_s or worker_rate(machine, rates, n_workers, flops, mfu, spec.dtype)
     # Worker seconds of one forward pass over the corpus, for all hook points and as far as each of them.
@@ -236,14 +236,19 @@ def _metadata_objects(spec: DatasetSpec, sizes: Sizes) -> int:
     return n_splits * (len(spec.arrays()) + 4) + n_groups
 
 
-def _parts(job: Job, sizes: Sizes) -> int:
-    """Return the requests that uploads in parts take beside the one of each object: n parts, begin and end."""
-    part = split_options(job.storage_options)[0].part_nbytes
+def _parts(job: Job, sizes: Sizes, store: StoreRates) -> int:
+    """Return the requests that uploads in parts take beside the one of each object: n parts, begin (on S3) and end."""
+    if store.part_nbytes is None:
+        # s3fs sends what is smaller than two parts in one request.
+        part = split_options(job.storage_options)[0].part_nbytes
+        whole, n_ends = 2 * part - 1, 2
+    else:
+        part, whole, n_ends = store.part_nbytes, store.whole_nbytes, 1
     n_parts = 0
     for array in sizes.arrays:
         nbytes = array.nbytes / max(1, array.n_objects)
-        if nbytes > part:
-            n_parts += array.n_objects * (math.ceil(nbytes / part) + 1)
+        if nbytes > whole:
+            n_parts += array.n_objects * (math.ceil(nbytes / part) + n_ends - 1)
     return n_parts
 
 

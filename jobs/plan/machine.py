@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from actlake.jobs.plan.options import PlanOptions
@@ -99,8 +100,10 @@ def _gpu_names() -> list[str]:
         # A driver without a GPU: nothing to reckon with.
         return []
     names, visible = done.stdout.splitlines(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    # A scheduler gives some of them; which kind each is does not matter where all are of one.
-    return names if visible is None else names[: len([one for one in visible.split(",") if one.strip()])]
+    if visible is None:
+        return names
+    # A scheduler gives some of them; which kind each is does not matter where all are of one. -1 ends the list.
+    return names[: len(list(takewhile(lambda one: one.strip() not in ("", "-1"), visible.split(","))))]
 
 
 def memory_here() -> int:

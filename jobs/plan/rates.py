@@ -48,7 +48,8 @@ class MachineRates:
 class StoreRates:
     """One object store: prices in dollars, request rates at the start, doubling every ``doubling_s`` (None: never).
 
-    ``bills_parts``: each part of a large object is a request of class A.
+    ``bills_parts``: each part of a large object is a request of class A. ``part_nbytes``: the size of parts where the
+    client has its own, and ``whole_nbytes`` the largest object that it sends in one request.
     """
 
     gib_month: float
@@ -63,6 +64,8 @@ class StoreRates:
     doubling_s: float | None = None
     read_gb_s: float | None = None
     bills_parts: bool = False
+    part_nbytes: int | None = None
+    whole_nbytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

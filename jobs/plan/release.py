@@ -11,7 +11,7 @@ from actlake.jobs.plan.options import PlanOptions
 from actlake.jobs.plan.rates import Rates
 from actlake.jobs.plan.workload import assumed
 from actlake.jobs.planning import plan_spec
-from actlake.storage.errors import BadInputError, UnknownNameError, nearest
+from actlake.storage.errors import BadInputError, JobFileError, UnknownNameError, nearest
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DTYPES
 
@@ -88,6 +88,21 @@ def plan_release(
     plans = tuple(_plan(model, n, preset, options, layout or LayoutOptions(), rates) for model, n in pairs if n)
     rows = tuple(row for plan in plans for row in _rows(plan, dtype))
     return Release(name=name, dtype=dtype, rows=rows, plans=plans)
+
+
+def check_release(found: Release) -> None:
+    """Raise ``JobFileError`` with the models whose workers take more memory than their machine has."""
+    over = [plan for plan in found.plans if plan.host_memory > plan.setting.machine.memory]
+    if over:
+        machine = over[0].setting.machine
+        listed = (
+            f"{plan.job.model}: {plan.n_workers} worker(s) would take {plan.host_memory / 2**30:,.1f} GiB"
+            for plan in over
+        )
+        raise JobFileError(
+            f"the release does not fit {machine.name}, which has {machine.memory / 2**30:,.1f} GiB; lower "
+            "--shard-memory or take another --machine:\n  " + "\n  ".join(listed)
+        )
 
 
 def _plan(

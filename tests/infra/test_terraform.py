@@ -19,6 +19,8 @@ _ACCOUNT_ROLES = {"roles/iam.workloadIdentityUser", "roles/iam.serviceAccountUse
 _PROJECT_ROLES = {"roles/container.defaultNodeServiceAccount", "${google_project_iam_custom_role.launcher[0].id}"}
 _REPOSITORY_ROLES = {"roles/artifactregistry.reader"}
 _NEVER = ("allUsers", "allAuthenticatedUsers", "local-exec", "remote-exec")
+#: What refers to nothing that is made before it, and so names what it waits for.
+_BEFORE_ALL = {"google_service_account", "google_project_iam_custom_role", "google_compute_network"}
 #: What may be granted on what; anything else that grants is refused.
 _GRANTS = {
     "google_storage_bucket_iam_member": _BUCKET_ROLES,
@@ -65,6 +67,8 @@ def problems(files: dict[str, str]) -> list[str]:
 
 
 def resource_problems(kind: str, body: dict[str, Any]) -> Iterator[str]:
+    if kind in _BEFORE_ALL and body.get("depends_on") != ["${google_project_service.apis}"]:
+        yield "does not wait for the APIs"
     if kind in _CHECKS:
         yield from _CHECKS[kind](body)
     elif "_iam_" in kind:
@@ -85,6 +89,13 @@ def role_problems(body: dict[str, Any]) -> Iterator[str]:
 def firewall_problems(body: dict[str, Any]) -> Iterator[str]:
     if "0.0.0.0/0" in body.get("source_ranges", ["0.0.0.0/0"]):
         yield "open to everyone"
+
+
+def service_problems(body: dict[str, Any]) -> Iterator[str]:
+    # Accounts and roles are of the first, grants on the project of the second.
+    for name in ("iam.googleapis.com", "cloudresourcemanager.googleapis.com"):
+        if f'"{name}"' not in body["for_each"]:
+            yield f"{name} is not enabled"
 
 
 def bucket_problems(body: dict[str, Any]) -> Iterator[str]:
@@ -136,6 +147,7 @@ _CHECKS = {
     "google_container_cluster": cluster_problems,
     "google_container_node_pool": pool_problems,
     "google_project_iam_custom_role": role_problems,
+    "google_project_service": service_problems,
     "google_storage_bucket": bucket_problems,
 }
 
@@ -170,6 +182,8 @@ def test_the_module_keeps_its_promises() -> None:
         ("iam.tf", "roles/container.defaultNodeServiceAccount", "roles/editor", "role roles/editor"),
         ("iam.tf", "google_storage_bucket_iam_member", "google_project_iam_member", "role roles/storage.objectUser"),
         ("iam.tf", "google_storage_bucket_iam_member", "google_storage_bucket_iam_policy", "not looked at here"),
+        ("iam.tf", "depends_on = [google_project_service.apis]", "", "does not wait for the APIs"),
+        ("network.tf", '"iam.googleapis.com",', "", "iam.googleapis.com is not enabled"),
         ("iam.tf", "each.value", '"allUsers"', "allUsers appears"),
         ("iam.tf", "compute.zones.get", "storage.objects.get", "permission storage.objects.get"),
         ("iam.tf", "compute.zones.get", "compute.instances.setIamPolicy", "permission compute.instances.setIamPolicy"),

@@ -1,5 +1,6 @@
 """The shard builder against a model whose activations are a formula: exact arrays, exact failures."""
 
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,16 @@ from fakes import FormulaModel, formula, make_corpus, make_spec, write_documents
 
 from actlake.ingest.batching import plan_batches
 from actlake.ingest.build import ShardBuilder
+from actlake.ingest.storing import Statistics
+from actlake.ingest.workshop import Workshop
 from actlake.storage.arrays import ShardIndex, decode_chunk
 from actlake.storage.codecs import Codec
 from actlake.storage.corpus import Corpus
 from actlake.storage.errors import DataError, SpecMismatchError
+from actlake.storage.finish import finish
 from actlake.storage.header import Header, prepare
 from actlake.storage.moments import from_parquet, of_shard, to_parquet
-from actlake.storage.records import commit_key, read_record, stats_key
+from actlake.storage.records import ShardRecord, commit_key, read_record, stats_key
 from actlake.storage.rowspace import KeepRule
 from actlake.storage.spec import DatasetSpec
 from actlake.storage.stores import Store
@@ -140,6 +144,34 @@ def test_a_growth_that_dies_between_two_objects_shows_no_old_record_beside_new_r
     assert large.build(1).content == fresh.build(1).content
 
 
+def test_a_late_attempt_leaves_alone_what_another_has_committed_meanwhile(tmp_path: Path, corpus: Corpus) -> None:
+    small = make_builder(tmp_path / "ds", corpus, n_rows=100)
+    small.build(0)
+    small.build(1)
+    late, in_time = (make_builder(tmp_path / "ds", corpus, n_rows=128) for _ in range(2))
+    others = list[ShardRecord]()
+
+    def overtaken(n_rows: int, forward_s: float) -> None:
+        if not others:
+            others.append(in_time.build(1))
+            assert not finish(in_time.store, in_time.header).missing(in_time.space)
+
+    assert late.build(1, overtaken) == others[0] == read_record(late.store, 1)
+    assert others[0].revision == 1
+    assert late.store.exists("root.json")
+
+
+def test_a_shorter_commit_of_meanwhile_counts_in_the_revision(tmp_path: Path, corpus: Corpus) -> None:
+    shorter, growing = (make_builder(tmp_path / "ds", corpus, n_rows=n) for n in (100, 128))
+    others = list[ShardRecord]()
+
+    def overtaken(n_rows: int, forward_s: float) -> None:
+        if not others:
+            others.append(shorter.build(1))
+
+    assert growing.build(1, overtaken).revision == others[0].revision + 1 == 1
+
+
 def test_a_builder_that_plans_fewer_rows_does_not_shrink_a_shard(tmp_path: Path, corpus: Corpus) -> None:
     stale = make_builder(tmp_path / "ds", corpus, n_rows=100)
     grown = make_builder(tmp_path / "ds", corpus, n_rows=128).build(1)
@@ -195,6 +227,21 @@ def test_rows_that_are_not_finite_become_void_where_that_is_asked_for(tmp_path: 
         assert (moments[point].count, moments[point].n_nonfinite) == (64 - bad.sum(), bad.sum())
         wanted = of_shard(expected[point][~bad], numbers=np.flatnonzero(~bad))
         assert to_parquet({"x": replace(moments[point], n_nonfinite=0)}) == to_parquet({"x": wanted})
+
+
+def test_a_row_that_is_not_finite_costs_no_second_copy_of_its_hook_point(corpus: Corpus) -> None:
+    point = replace(make_spec(corpus).arrays()["layers.0.attn_z"], width=256)
+    rows = np.ones(point.shape(32_768), dtype=point.numpy_dtype)
+    rows[5, 0] = np.nan
+    statistics = Statistics(0, 0, np.zeros(len(rows), dtype=np.bool_), {point.name: point})
+    tracemalloc.start()
+    try:
+        assert statistics.measure({point.name: rows.view("u2")}, Workshop(), void_nonfinite=True)
+        _, highest = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert highest < rows.nbytes // 2
+    assert np.flatnonzero(statistics.void).tolist() == [5]
 
 
 def test_the_commit_is_the_last_object_written(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:

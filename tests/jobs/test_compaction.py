@@ -144,6 +144,16 @@ def test_a_shard_un_committed_meanwhile_is_in_no_group(run: Run) -> None:
     assert Manifest.load_listed(run.store).shards == [0, 2, 3]
 
 
+def test_a_shard_that_was_the_last_before_the_dataset_grew_is_in_no_group(run: Run) -> None:
+    """As in a slice, which finds the short record of a shard that another one has yet to build again."""
+    run.commit(1)
+    with run.compactor() as compactor:
+        commit(run.store, replace(run.record(1, attempt="before it grew"), n_rows=10))
+        for shard in (0, 2, 3):
+            compactor.event(run.commit(shard))
+    assert run.compacted() == run.notes == []
+
+
 def test_a_group_that_others_still_build_is_left_to_them(run: Run) -> None:
     """As in a slice: all of its own shards of the group are there, others are not."""
     headers = {"train": run.header}

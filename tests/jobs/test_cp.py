@@ -212,6 +212,18 @@ def test_a_source_that_grows_is_followed(tmp_path: Path) -> None:
     assert np.array_equal(bits(actlake.open(target.url)[WIDE][:200]), bits(grown.open()[WIDE][:200]))
 
 
+def test_a_shard_that_was_repaired_at_the_source_is_the_one_that_is_there(tmp_path: Path) -> None:
+    made = Made(str(tmp_path / "demo"), 200, spec=make_spec(rows_per_shard=64, rows_per_block=32))
+    made.build(0, 2, 3).build(1, revision=1)
+    target = Store(tmp_path / "copy")
+    copy_dataset(made.store, target)
+    before = contents(target)
+    uncommit(made.store, 1)
+    made.build(1)
+    assert run("cp", made.url, target.url).exit_code == 0
+    assert contents(target) == before
+
+
 def test_other_content_is_kept_unless_it_is_to_be_replaced(tmp_path: Path) -> None:
     made = make_whole(str(tmp_path / "demo"))
     other = make_whole(str(tmp_path / "copy"))

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runs import Recorder, contents, run_until
 
 import actlake
 from actlake.ingest.build import ShardBuilder
 from actlake.jobs import ingestion
+from actlake.jobs.engines import ray_cluster
 from actlake.jobs.engines.events import RowsCaptured, ShardAbandoned, ShardCommitted
 from actlake.jobs.ingestion import ingest
 from actlake.jobs.jobfile import read_job
@@ -26,6 +29,7 @@ from actlake.storage.errors import (
     ModelAccessError,
     ShardFailedError,
     SpecMismatchError,
+    StoreError,
     UnknownNameError,
 )
 from actlake.storage.records import commit_key, read_record
@@ -159,6 +163,30 @@ def test_a_shard_that_fails_is_named_after_all_others_are_done(
     assert contents(tmp_path / "ds") == reference
 
 
+def test_shards_that_failed_are_named_even_where_the_summaries_cannot_be_written(
+    write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise StoreError("planted: no space for root.json")
+
+    build = ShardBuilder.build
+
+    def failing(self: ShardBuilder, shard: int, *rest: Any) -> Any:
+        if shard == 2:
+            raise OSError("planted: no space left")
+        return build(self, shard, *rest)
+
+    monkeypatch.setattr(ingestion, "finish", full)
+    monkeypatch.setattr(ShardBuilder, "build", failing)
+    with pytest.raises(
+        ShardFailedError, match=r"(?s)train shard 2, rows 256\.\.383.*not written either: planted: no space"
+    ):
+        ingest(read_job(write_job()), engine="local")
+    monkeypatch.setattr(ShardBuilder, "build", build)
+    with pytest.raises(StoreError, match=r"^planted: no space for root\.json$"):
+        ingest(read_job(write_job()), engine="local")
+
+
 def test_a_shard_whose_workers_fail_after_its_commit_is_built(
     write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, Any]
 ) -> None:
@@ -260,6 +288,41 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(write_job: W
     with pytest.raises(JobFileError, match=r"run\.device = 'cuda', but torch finds no GPU here"):
         ingest(read_job(path), engine="local")
     assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_an_address_that_the_engine_has_no_use_for_is_refused(write_job: Write, tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match=r"--address head:6379 is a Ray cluster's, .* give --engine ray, or leave"):
+        ingest(read_job(write_job()), engine="local", address="head:6379")
+    assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
+
+
+def test_the_gpus_of_a_cluster_are_not_left_idle_unless_the_job_says_so(
+    write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def make_ready(*_: Any, **__: Any) -> None:
+        raise Begun
+
+    gpus = [0.0, 8.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ray_cluster, "cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray_cluster, "nodes", lambda: [{"Resources": {"CPU": 8.0, "GPU": n}} for n in gpus])
+    monkeypatch.setattr(ingestion, "make_ready", make_ready)
+    monkeypatch.setattr(ingestion, "_metered", lambda job, engine, hear, stack: hear)
+    path = write_job()
+    with pytest.raises(
+        JobFileError, match=r"that has no GPU, while the cluster has 8: say 'cuda', with run\.workers, or"
+    ):
+        ingest(read_job(path), engine="ray", address="head:6379")
+    assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
+    path.write_text(path.read_text() + 'device = "cpu"\n')
+    with pytest.raises(Begun):
+        ingest(read_job(path), engine="ray", address="head:6379")
+    gpus[1] = 0.0
+    with pytest.raises(Begun):
+        ingest(read_job(write_job()), engine="ray", address="head:6379")
 
 
 def test_progress_counts_every_row(write_job: Write) -> None:

@@ -91,13 +91,13 @@ def test_a_shard_that_fails_is_tried_by_another_worker_then_given_up(folder: Pat
         folder,
         "def planted(shard, n_before, build):\n"
         "    if shard == 4 or shard == 3 and n_before == 0:\n"
-        "        raise OSError('planted: a bad disk')\n",
+        "        raise OSError(f'planted: a bad disk, {n_before} tries before')\n",
     )
     events = run()
     assert shards(events, ShardCommitted) == [0, 1, 2, 3, 5]
     assert shards(events, ShardRetried) == [3, 4]
     (given_up,) = [event for event in events if isinstance(event, ShardAbandoned)]
-    assert (given_up.task, str(given_up.error)) == (TASKS[4], "planted: a bad disk")
+    assert (given_up.task, str(given_up.error)) == (TASKS[4], "planted: a bad disk, 0 tries before")
     for shard in (3, 4):
         first, second = tries(folder, shard)
         assert first != second
@@ -135,6 +135,13 @@ def test_workers_that_cannot_start_raise_what_they_met(folder: Path) -> None:
     )
     with pytest.raises(ModelAccessError, match="planted: other weights"):
         run()
+
+
+def test_what_a_worker_meets_that_is_not_ours_is_raised_as_an_error_of_ours(folder: Path) -> None:
+    plant_worker(folder, "def start():\n    raise RuntimeError('CUDA out of memory')\n")
+    with pytest.raises(ActlakeError, match=r"^a worker cannot start: RuntimeError: CUDA out of memory$") as raised:
+        run()
+    assert isinstance(raised.value.__cause__, RuntimeError)
 
 
 def test_an_error_that_cannot_be_sent_comes_as_its_text(folder: Path) -> None:

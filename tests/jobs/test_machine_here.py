@@ -37,7 +37,9 @@ def test_without_control_groups_memory_is_the_machines(groups: Path, monkeypatch
     assert memory_here() == whole > 0
 
 
-@pytest.mark.parametrize(("visible", "n_gpus"), [(None, 4), ("2,3", 2), ("GPU-aa", 1), ("", 0), ("0,1,2,3,4,5", 4)])
+@pytest.mark.parametrize(
+    ("visible", "n_gpus"), [(None, 4), ("2,3", 2), ("GPU-aa", 1), ("", 0), ("-1", 0), ("2,-1,3", 1), ("0,1,2,3,4,5", 4)]
+)
 def test_gpus_are_those_that_are_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, n_gpus: int
 ) -> None:

@@ -1,5 +1,6 @@
 """The planner's arithmetic: sizes, tokens, time, money and refusals, by formulas that are worked out by hand here."""
 
+import math
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +29,7 @@ from actlake.jobs.plan.stages import ramped_seconds
 from actlake.jobs.plan.summary import paragraph
 from actlake.jobs.plan.transformer import block_parameters, embedding_parameters, flops_per_token
 from actlake.jobs.planning import plan_spec
+from actlake.storage.clients import AMAZON, AZURE, GOOGLE
 from actlake.storage.errors import BadInputError, JobFileError, UnknownNameError
 from actlake.storage.row_index import RowIndex
 from actlake.storage.rowspace import KeepRule
@@ -295,7 +297,28 @@ def test_where_parts_are_billed_large_objects_take_many_requests() -> None:
     (attn_z, mlp_in) = (next(a for a in sizes.arrays if a.name == f"layers.0.{s}") for s in ("attn_z", "mlp_in"))
     assert 2 * 2**26 < attn_z.nbytes < 3 * 2**26
     assert 2**26 < mlp_in.nbytes < 2 * 2**26
-    assert parts.n_class_a - one.n_class_a == 18 * (3 + 1) + 3 * 18 * (2 + 1)
+    # What is smaller than two parts is one request.
+    assert parts.n_class_a - one.n_class_a == 18 * (3 + 1)
+
+
+def test_azures_client_has_parts_of_its_own() -> None:
+    job = job_of(max_rows=131_072, storage_options={"part_nbytes": 2**26})
+    one, parts = made(job), made(job, store_name="az")
+    large = [array for array in one.sizes.arrays if array.nbytes > 2**26]
+    assert 0 < len(large) < len(one.sizes.arrays)
+    assert parts.cost.n_class_a - one.cost.n_class_a == sum(math.ceil(array.nbytes / 2**22) for array in large)
+    assert parts.cost.month == pytest.approx(parts.sizes.nbytes / 2**30 * 0.0208)
+
+
+@pytest.mark.parametrize("protocol", [*GOOGLE, *AMAZON, *AZURE])
+def test_every_bucket_has_a_price_and_is_held_against_the_budget(protocol: str) -> None:
+    name, rates = RATES.store(protocol)
+    assert name != "local"
+    assert rates.writes_per_s is not None
+    here = PlanOptions(machine="a3-highgpu-8g", hour=0.0, months=12.0)
+    with pytest.raises(JobFileError, match=r"budget\.max_cost"):
+        check(made(job_of(plan=here, budget=BudgetOptions(max_cost=1.0)), store_name=name))
+    assert made(job_of(plan=here), store_name=name).memory.encoded == made(job_of(plan=here)).memory.encoded
 
 
 def verdict(pass_cost: float, alone_cost: float, read: float = 0.0, reads: float = 1.0) -> Any:

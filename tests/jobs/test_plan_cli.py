@@ -105,8 +105,13 @@ def test_the_release_is_printed_by_model_and_stream() -> None:
     value = planned(*arguments)
     assert value["nbytes"] == 2_503_680 * 4 * 11_000_000_000
     assert value["stored"] == sum(made["nbytes"] for made in value["plans"])
-    wide = planned(*arguments, "--shard-memory", "256GiB")
-    assert [made["rows_per_shard"] for made in wide["plans"]][4] == 65_536
+    wide = planned(*arguments, "--shard-memory", "128GiB")
+    assert [made["rows_per_shard"] for made in wide["plans"]][4] == 32_768
+    over = run("plan", *arguments, "--shard-memory", "256GiB", "--json")
+    assert over.exit_code == 2
+    assert [made["rows_per_shard"] for made in json.loads(over.stdout)["plans"]][4] == 65_536
+    assert "the release does not fit a3-ultragpu-8g, which has 2,952.0 GiB; lower --shard-memory" in over.stderr
+    assert over.stderr.count("worker(s) would take") == 2
     assert run("plan").exit_code == 2
 
 

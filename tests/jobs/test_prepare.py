@@ -15,6 +15,7 @@ import torch
 from runs import contents
 from typer.testing import CliRunner
 
+from actlake.jobs.cli import corpus as _corpus  # noqa: F401 - registers its commands
 from actlake.jobs.cli import ingest as _registers  # noqa: F401
 from actlake.jobs.cli.app import app
 from actlake.jobs.preparing import compute_command
@@ -67,6 +68,13 @@ def test_a_login_node_needs_no_gpu(write_job: Write, tmp_path: Path) -> None:
     assert run("prepare", path).exit_code == 0
     result = run("ingest", path, "--engine", "local")
     assert (result.exit_code, "torch finds no GPU here" in result.output) == (2, True)
+
+
+def test_an_address_wants_the_engine_that_has_one(write_job: Write, tmp_path: Path) -> None:
+    for command in (["prepare"], ["corpus", "build", "--engine", "local"]):
+        result = run(*command, write_job(), "--address", "head:6379")
+        assert (result.exit_code, "give --engine ray, or leave --address out" in result.output) == (2, True)
+        assert [item.name for item in tmp_path.iterdir()] == ["job.toml"]
 
 
 def test_replies_need_the_jobs_device_when_the_corpus_is_built(write_job: Write, tmp_path: Path) -> None:

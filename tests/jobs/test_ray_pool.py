@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,153 @@ def test_a_worker_that_cannot_start_is_named_and_the_others_go_on(tmp_path: Path
     assert "cannot start, the run goes on without it: ModelAccessError: planted: other weights here" in notes[0]
 
 
+class Noted(list[str]):
+    """Notes, the first of which leaves the mark ``noted``."""
+
+    def __init__(self, marks: Path) -> None:
+        super().__init__()
+        self._mark = marks / "noted"
+
+    def append(self, text: str) -> None:
+        super().append(text)
+        self._mark.touch()
+
+
+class SecondBest(NullWorker):
+    """The first to start cannot, once another one has built a shard, whose next one waits until that was noted."""
+
+    def start(self) -> int:
+        if self.mark("unable"):
+            until(Path(self._order.dataset, "built").exists)
+            raise ModelAccessError("planted")
+        return super().start()
+
+    def build(self, task: Task) -> ShardRecord:
+        if task.shard == 3:
+            until(Path(self._order.dataset, "noted").exists)
+        self.mark("built")
+        return super().build(task)
+
+
+def test_a_worker_that_dies_is_replaced_though_another_one_could_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(SecondBest):
+        def build(self, task: Task) -> ShardRecord:
+            record = super().build(task)
+            if task.shard == 3 and self.mark("died"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return record
+
+    monkeypatch.setattr(ray_pool, "_GRACE_S", 0.0)
+    notes = Noted(tmp_path)
+    events = list(run(Dying, tmp_path, 6, notes, most=2))
+    assert committed(events) == list(range(6))
+    assert len(notes) == 1
+    assert 3 in [event.task.shard for event in those(events, ShardRetried)]
+
+
+def test_workers_that_cannot_start_are_none_of_those_to_begin_with(tmp_path: Path) -> None:
+    class Unable(NullWorker):
+        def start(self) -> int:
+            if self.mark("unable"):
+                raise ModelAccessError("planted")
+            return super().start()
+
+    events = list(run(Unable, tmp_path, 4, least=2, most=2, start_timeout=60.0))
+    assert committed(events) == [0, 1, 2, 3]
+
+
+def test_a_late_worker_of_another_actlake_is_named(tmp_path: Path) -> None:
+    class Old(SecondBest):
+        def place(self) -> Place:
+            place = super().place()
+            if not self.mark("unable"):
+                return place
+            until(Path(self._order.dataset, "built").exists)
+            return replace(place, host="node-7", version="0.0.1")
+
+    notes = Noted(tmp_path)
+    assert committed(list(run(Old, tmp_path, 6, notes, most=2))) == list(range(6))
+    assert len(notes) == 1
+    assert "a worker on node-7 cannot start, the run goes on without it: BadInputError: node-7 has actlake" in notes[0]
+
+
+def test_a_worker_that_could_not_start_is_replaced_with_its_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shard 3 waits until a third worker is ready."""
+
+    class Mended(SecondBest):
+        is_broken = False
+
+        def place(self) -> Place:
+            place = super().place()
+            self.is_broken = self.mark("broken")
+            return replace(place, node="broken") if self.is_broken else place
+
+        def start(self) -> int:
+            if self.is_broken:
+                return super().start()
+            self.mark(f"ready {os.getpid()}")
+            return NullWorker.start(self)
+
+        def build(self, task: Task) -> ShardRecord:
+            if task.shard == 3:
+                until(lambda: len(list(Path(self._order.dataset).glob("ready*"))) == 2)
+            return super().build(task)
+
+    def with_broken() -> list[dict[str, Any]]:
+        there = [] if notes else [{"NodeID": "broken"}]
+        return ray_cluster.nodes() + there
+
+    notes = Noted(tmp_path)
+    monkeypatch.setattr(ray_pool, "nodes", with_broken)
+    monkeypatch.setattr(ray_pool, "_NODES_S", 0.0)
+    events = list(run(Mended, tmp_path, 6, notes, most=2))
+    assert committed(events) == list(range(6))
+    assert len(notes) == 1
+    assert those(events, WorkersReady)[-1] == WorkersReady(n_ready=2, n_wanted=2)
+
+
+def test_workers_that_could_not_be_made_are_made_again_and_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only worker dies; where Ray puts the next two, none can be made."""
+
+    class Unmade(NullWorker):
+        def __init__(self, order: WorkOrder) -> None:
+            super().__init__(order)
+            if Path(order.dataset, "died").exists() and any(self.mark(f"unmade {number}") for number in range(2)):
+                raise OSError("planted")
+
+        def build(self, task: Task) -> ShardRecord:
+            if task.shard == 3 and self.mark("died"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().build(task)
+
+    wait = ray.wait
+
+    def wait_for_some(refs: list[Any], **options: Any) -> Any:
+        assert refs
+        return wait(refs, **options)
+
+    monkeypatch.setattr(ray_pool, "_AGAIN_S", 0.5)
+    monkeypatch.setattr(ray, "wait", wait_for_some)
+    notes: list[str] = []
+    events = list(run(Unmade, tmp_path, 6, notes, most=1))
+    assert committed(events) == list(range(6))
+    assert len(notes) == 1
+    assert notes[0].endswith("planted")
+    assert (tmp_path / "unmade 1").exists()
+
+
 @pytest.mark.parametrize(
     ("planted", "raised", "message"),
     [
         (ModelAccessError("planted"), ModelAccessError, "^planted$"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), MissingExtraError, "lacks torch: every node"),
+        (RuntimeError("CUDA, no room"), ActlakeError, "^a worker cannot start: RuntimeError: CUDA, no room$"),
     ],
 )
 def test_where_no_worker_can_start_the_first_error_is_raised(

@@ -44,11 +44,12 @@ def test_a_failed_shard_goes_to_the_same_worker_where_there_is_no_other() -> Non
     assert taken(queue, A, ready=[A]) is first
 
 
-def test_a_shard_is_given_up_with_its_last_error_after_so_many_attempts() -> None:
-    queue, error = ShardQueue(tasks(1), attempts=2), OSError("second")
-    first = taken(queue)
-    queue.failed(first, A, OSError("first"))
-    assert queue.failed(taken(queue, B), B, error) == ShardAbandoned(task=first.task, error=error)
+def test_a_shard_is_given_up_with_its_first_error_after_so_many_attempts() -> None:
+    queue, errors = ShardQueue(tasks(1), attempts=3), [OSError("first"), OSError("second"), OSError("third")]
+    one = taken(queue)
+    assert queue.failed(one, A, errors[0]) == ShardRetried(task=one.task, error=errors[0])
+    assert queue.failed(taken(queue, B), B, errors[1]) == ShardRetried(task=one.task, error=errors[1])
+    assert queue.failed(taken(queue, A), A, errors[2]) == ShardAbandoned(task=one.task, error=errors[0])
     assert queue.is_empty
 
 

@@ -4,11 +4,15 @@ The fake one answers what a real head cannot be made to answer here: another Ray
 ``test_cluster.py`` has the real one.
 """
 
+import base64
+import hashlib
 import io
 import json
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +24,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import actlake
+from actlake.jobs import ray_jobs
+from actlake.jobs.cli import app as entry
 from actlake.jobs.cli import cluster  # noqa: F401 - registers its commands
 from actlake.jobs.cli.app import app
 from actlake.jobs.engines.ray_address import check_cluster, explain, jobs_url, token
@@ -36,6 +42,14 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
 
 
+def upgraded(key: str, texts: list[str]) -> bytes:
+    """Return what a web socket sends: the handshake of RFC 6455, a frame for each text, and one that is none."""
+    accept = base64.b64encode(hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()).decode()
+    lines = ("HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade")
+    frames = b"".join(bytes([0x81, len(text)]) + text.encode() for text in texts)
+    return "\r\n".join((*lines, f"Sec-WebSocket-Accept: {accept}", "", "")).encode() + frames + b"\xff\xff"
+
+
 class FakeHead:
     """A Jobs API: answers what it is told to, and keeps what it is asked."""
 
@@ -43,6 +57,8 @@ class FakeHead:
         self.ray, self.status = "2.60.0", 200
         self.jobs: list[dict[str, Any]] = []
         self.log = ""
+        #: What each connection to a log sends before it breaks.
+        self.tails: Iterator[list[str]] = iter(())
         self.packages: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.tokens: set[str | None] = set()
@@ -53,6 +69,9 @@ class FakeHead:
                 size = int(self.headers.get("Content-Length") or 0)
                 head.tokens.add(self.headers.get("Authorization"))
                 head.asked.append(f"{self.command} {self.path}")
+                if self.path.endswith("/logs/tail"):
+                    self.wfile.write(upgraded(self.headers["Sec-WebSocket-Key"], next(head.tails)))
+                    return
                 status, body = head.answer(self.command, self.path, self.rfile.read(size))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -473,6 +492,7 @@ def test_status_shows_the_last_progress_of_the_log(write_job: Write, head: FakeH
     [
         ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0, ""),
         ({"status": "FAILED", "driver_exit_code": 1}, 1, "is FAILED with exit code 1"),
+        ({"status": "FAILED", "driver_exit_code": -9}, 137, "is FAILED with exit code -9"),
         ({"status": "STOPPED"}, 143, "is STOPPED"),
         ({"status": "FAILED", "message": "runtime_env setup\nfailed"}, 2, "is FAILED: runtime_env setup failed"),
         (
@@ -512,3 +532,73 @@ def test_waiting_ends_with_the_jobs_exit_code(
     result = run("submit", write_job(), "--address", head.url, "--wait")
     assert result.exit_code == code
     assert message in result.stderr
+
+
+def test_a_log_is_followed_over_broken_connections_and_a_head_that_is_away(
+    write_job: Write, head: FakeHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "_POLL_S", 0)
+    assert run("submit", write_job(), "--address", head.url).exit_code == 0
+    name = head.jobs[0]["submission_id"]
+    real, states = head.answer, iter([None, "RUNNING", None, "SUCCEEDED"])
+
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        if path.endswith("/logs"):
+            return 200, json.dumps({"logs": "one\ntwo\nthree\n"}).encode()
+        if (state := next(states)) is None:
+            return 503, b"no upstream"
+        head.jobs[0]["status"] = state
+        return real(method, path, body)
+
+    monkeypatch.setattr(head, "answer", answer)
+    head.tails = iter([["one\n"], ["one\n", "two\n"]])
+    assert "".join(JobsApi(head.url).follow(name)) == "one\ntwo\nthree\n"
+
+
+def test_waiting_goes_on_when_nobody_answers_for_a_while(
+    write_job: Write, head: FakeHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "_POLL_S", 0)
+    assert run("submit", write_job(), "--address", head.url).exit_code == 0
+    head.jobs[0]["status"] = "SUCCEEDED"
+    name, real, away = head.jobs[0]["submission_id"], urllib.request.urlopen, iter([True, True])
+
+    def opened(*arguments: Any, **named: Any) -> Any:
+        if next(away, False):
+            raise urllib.error.URLError(ConnectionRefusedError("planted"))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(urllib.request, "urlopen", opened)
+    assert JobsApi(head.url).wait(name).state == "SUCCEEDED"
+    # Not without end, and not where it is known that the answer stays.
+    monkeypatch.setattr(ray_jobs, "_AWAY_S", -1)
+    head.status = 503
+    with pytest.raises(ray_jobs.ServerError, match="answers 503"):
+        JobsApi(head.url).wait(name)
+    head.status = 401
+    with pytest.raises(BadInputError, match="wants a token"):
+        JobsApi(head.url).wait(name)
+
+
+@pytest.mark.parametrize(("terminated", "code"), [(False, 130), (True, 143)])
+@pytest.mark.parametrize(("option", "called"), [("--wait", "wait"), ("--follow", "follow")])
+def test_whoever_stops_watching_is_told_that_the_job_goes_on(
+    write_job: Write,
+    head: FakeHead,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    called: str,
+    terminated: bool,
+    code: int,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobsApi, called, interrupted)
+    monkeypatch.setattr(entry, "_terminated", terminated)
+    result = run("submit", write_job(), "--address", head.url, option)
+    assert result.exit_code == code
+    name = head.jobs[0]["submission_id"]
+    assert result.stderr.splitlines()[-1] == (
+        f"the job goes on; 'actlake logs {name} -f' shows it again, 'actlake stop {name}' ends it"
+    )

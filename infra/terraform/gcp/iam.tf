@@ -4,6 +4,8 @@
 resource "google_service_account" "ingest" {
   account_id   = "actlake-ingest"
   display_name = "actlake ingestion"
+
+  depends_on = [google_project_service.apis]
 }
 
 resource "google_storage_bucket_iam_member" "ingest" {
@@ -33,6 +35,8 @@ resource "google_service_account_iam_member" "pods" {
 resource "google_service_account" "nodes" {
   account_id   = "actlake-nodes"
   display_name = "actlake GKE nodes"
+
+  depends_on = [google_project_service.apis]
 }
 
 resource "google_project_iam_member" "nodes" {
@@ -70,6 +74,8 @@ resource "google_project_iam_custom_role" "launcher" {
     "compute.zoneOperations.get",
     "compute.zones.get",
   ]
+
+  depends_on = [google_project_service.apis]
 }
 
 resource "google_project_iam_member" "launcher" {
