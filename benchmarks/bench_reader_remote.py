@@ -163,7 +163,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latency", type=float, nargs="+", default=[0, 20], help="milliseconds before each answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.client == "obstore" and "gs" in (options.store or ("gs",)) and any(options.latency):
+        # It answers XML requests, which are obstore's, for the host and port that it was started with alone.
+        parser.error("fake-gcs-server does not answer obstore through the proxy that delays: give --latency 0")
+    return options
 
 
 def main() -> None:

@@ -477,6 +477,15 @@ def test_the_proxy_holds_back_requests_and_keeps_the_bytes(echo: int) -> None:
             assert time.perf_counter() - started >= 0.05
 
 
+def test_bench_reader_remote_refuses_what_its_server_cannot_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    for stores in ([], ["--store", "gs"]):
+        with pytest.raises(SystemExit):
+            bench_reader_remote.parse(["--client", "obstore", *stores])
+        assert "give --latency 0" in capsys.readouterr().err
+    assert bench_reader_remote.parse(["--client", "obstore", "--store", "s3"]).latency == [0, 20]
+    assert bench_reader_remote.parse(["--client", "obstore", "--latency", "0"]).store is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["gs", "s3"])
 def test_bench_reader_remote_streams_from_an_emulator(source: Made, store: str, run: Callable[..., Any]) -> None:
