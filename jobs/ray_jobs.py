@@ -198,7 +198,8 @@ class JobsApi:
                 text = error.read().decode(errors="replace").strip()
             raise self._refused(path, error.code, text) from error
         except (OSError, HTTPException, ValueError) as error:
-            why = getattr(error, "reason", None) or error
+            # Whoever answers in another protocol, such as the port of Ray's GCS, does so in bytes for no one's eyes.
+            why = "no web server" if isinstance(error, HTTPException) else getattr(error, "reason", None) or error
             raise NoAnswerError(
                 f"no Jobs API answers at {self.url} ({why}); --address is the URL of a head's dashboard, e.g. "
                 "http://HEAD:8265"

@@ -8,6 +8,8 @@ from urllib.parse import quote
 _OPEN = {"endpoint_url", "project", "region_name", "account_name", "client", "profile", "anon", "default_location"}
 #: Shorter values are no credentials, and parts of ordinary words.
 _MIN_LENGTH = 6
+#: Options that hold a credential however short it is.
+_ALWAYS = {"key", "secret", "token", "password", "account_key", "sas_token", "connection_string"}
 
 
 def redacted(text: str, options: Mapping[str, Any]) -> str:
@@ -20,7 +22,11 @@ def redacted(text: str, options: Mapping[str, Any]) -> str:
 
 def secret_names(options: Mapping[str, Any]) -> list[str]:
     """Return the options, by dotted names, that may be credentials: every text but the harmless ones."""
-    return [name for name, value in _texts(options, "") if len(value) >= _MIN_LENGTH]
+    return [name for name, value in _texts(options, "") if len(value) >= _MIN_LENGTH or _is_credential(name, value)]
+
+
+def _is_credential(name: str, value: str) -> bool:
+    return name.rpartition(".")[2] in _ALWAYS and value not in ("", "anon")
 
 
 def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:

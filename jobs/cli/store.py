@@ -12,7 +12,7 @@ import typer
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.cli.options import AsJson, Options, parse_options
 from actlake.jobs.cli.progress import bars
-from actlake.jobs.units import format_nbytes
+from actlake.jobs.units import count_of, format_nbytes
 from actlake.storage.errors import BadInputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def _print_copy(report: "CopyReport") -> None:
 def _print_split(split: "SplitReport") -> None:
     there = f", {split.n_present} were there" if split.n_present else ""
     OUT.print(
-        f"{split.split}: {split.n_copied} shards, {format_nbytes(split.nbytes)}, copied to {split.target}{there}; "
-        f"it is {'complete' if split.complete else 'not complete'}"
+        f"{split.split}: {count_of(split.n_copied, 'shard')}, {format_nbytes(split.nbytes)}, copied to {split.target}"
+        f"{there}; it is {'complete' if split.complete else 'not complete'}"
     )
     if split.missing_shards:
         shown = ", ".join(map(str, split.missing_shards[:10])) + (", ..." if split.missing_shards[10:] else "")

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -267,6 +268,15 @@ def test_options_that_are_no_secret_are_told_from_those_that_may_be() -> None:
     ]
 
 
+def test_a_short_credential_is_one() -> None:
+    assert secret_names({"secret": "abc", "client_kwargs": {"token": "x"}, "password": "1"}) == [
+        "secret",
+        "client_kwargs.token",
+        "password",
+    ]
+    assert secret_names({"token": "anon", "consistency": "md5", "key": ""}) == []
+
+
 def test_what_cannot_fit_is_refused_here(write_job: Write) -> None:
     path = write_job()
     path.write_text(path.read_text() + "[budget]\nmax_bytes = 1000\n")
@@ -448,6 +458,24 @@ def test_what_is_no_cluster_is_one_line(write_job: Write, head: FakeHead, monkey
     result = run("submit", write_job(), "--address", head.url)
     assert result.exit_code == 2
     assert "is no Jobs API of Ray; the dashboard of a head serves it, on port 8265" in result.stderr
+
+
+def test_who_answers_in_another_protocol_is_not_quoted() -> None:
+    # As the port of Ray's GCS does, which is easily taken for the dashboard's.
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"\x00\x00\x18\x04\x00\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = run("status", "--address", f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join(20)
+    assert result.exit_code == 2
+    assert "(no web server); --address is the URL of a head's dashboard" in result.stderr
+    assert "\x00" not in result.stderr
 
 
 def test_a_job_that_is_not_there_is_named_beside_those_that_are(write_job: Write, head: FakeHead) -> None:
