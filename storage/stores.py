@@ -323,13 +323,13 @@ def _write_file(target: Path, parts: Iterable[bytes | memoryview]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with unfinished(temporary):
-            with open(temporary, "wb", buffering=0) as file:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
+        with unfinished(temporary) as file:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+            file.close()
             os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ import {module}
 @pytest.mark.parametrize(
     ("command", "module", "name"),
     [
-        ("ingest", "actlake.jobs.ingestion", "resolve_model"),
+        ("ingest", "actlake.jobs.readiness", "resolve_model"),
         ("ingest", "actlake.ingest.corpus_build", "_merge"),
         ("ingest", "actlake.ingest.loading", "load_model"),
         ("prepare", "actlake.ingest.corpus_build", "_merge"),
