@@ -141,3 +141,6 @@ _READERS: Mapping[str, Reader] = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+
+#: What the names of files that can be read end with.
+ENDINGS = tuple(_READERS)

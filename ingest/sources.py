@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -16,7 +17,7 @@ import pyarrow as pa
 
 from actlake.ingest.documents import BadDocument, Document
 from actlake.ingest.records import Fields, Record
-from actlake.ingest.source_formats import reader_of
+from actlake.ingest.source_formats import ENDINGS, reader_of
 from actlake.storage.corpus_spec import SourceFile
 from actlake.storage.errors import SourceError, nearest
 from actlake.storage.stores import Store
@@ -112,13 +113,18 @@ def _list(source: str, options: Options) -> list[SourceFile]:
         else:
             files += _saved_dataset(source, store, name)
     if not files:
-        remedy = (
-            "check the pattern" if _MAGIC.search(pattern) else f"to read a folder write e.g. {source + '/*.jsonl'!r}"
-        )
+        remedy = "check the pattern" if _MAGIC.search(pattern) else _pattern_for(source, store.names(pattern))
         raise SourceError(f"source {source!r} matches no file; {remedy}")
     for file in files:
         reader_of(file)
     return files
+
+
+def _pattern_for(folder: str, names: list[str]) -> str:
+    """Say with which pattern the files of a folder are read: those of the kind that most of them are of."""
+    kinds = Counter(ending for name in names for ending in ENDINGS if name.endswith(ending))
+    ending = kinds.most_common(1)[0][0] if kinds else ".jsonl"
+    return f"to read a folder write e.g. {folder.rstrip('/') + '/*' + ending!r}"
 
 
 def _require_revision(source: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from actlake.shards.prefetch import Workers, thread_count
 from actlake.storage.errors import ActlakeError, NotFoundError
 from actlake.storage.header import Header
-from actlake.storage.listing import delete_empty_folders, is_linked, list_objects
+from actlake.storage.listing import delete_empty_folders, found_at, is_linked, list_objects
 from actlake.storage.places import corpus_kind, kind_of, place_of
 from actlake.storage.stores import Store, resolve_url
 
@@ -101,9 +101,8 @@ def _parent(store: Store) -> Store | None:
 
 def _require_kind(store: Store) -> str:
     if (kind := kind_of(store)) is None:
-        found = ", ".join(store.names()[:8]) or "nothing"
         raise NotFoundError(
-            f"neither a dataset nor a corpus at {store.url} (found there: {found}); nothing was removed"
+            f"neither a dataset nor a corpus at {store.url} (found there: {found_at(store)}); nothing was removed"
         )
     return kind
 

@@ -10,6 +10,13 @@ def format_nbytes(nbytes: float) -> str:
     raise AssertionError(nbytes)
 
 
+def duration(seconds: float) -> str:
+    """Return e.g. ``40 s``, ``1.5 min`` or ``3.0 h``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min"
+
+
 def count_of(n: int, what: str) -> str:
     """Return e.g. ``1 shard`` or ``1,024 shards``."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

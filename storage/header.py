@@ -6,6 +6,7 @@ from typing import Any
 
 from actlake.storage.corpus_segments import require_one_corpus
 from actlake.storage.errors import BadInputError, CorruptObjectError, FormatVersionError, NotFoundError
+from actlake.storage.listing import found_at
 from actlake.storage.rowspace import MAX_SHARDS
 from actlake.storage.sealed import check_seal, seal
 from actlake.storage.spec import FORMAT_VERSIONS, DatasetSpec
@@ -67,9 +68,8 @@ class Header:
         try:
             data = store.read("spec.json", _MAX_NBYTES)
         except NotFoundError as error:
-            found = ", ".join(store.names()[:8]) or "nothing"
             raise NotFoundError(
-                f"no dataset at {store.url} (found there: {found}); 'actlake ls' lists datasets"
+                f"no dataset at {store.url} (found there: {found_at(store)}); 'actlake ls' lists datasets"
             ) from error
         where = f"{store.url}/spec.json"
         try:

@@ -35,6 +35,12 @@ class Listed:
     modified: float | None
 
 
+def found_at(store: Store) -> str:
+    """Say what lies directly at a URL, for an error about what does not: at most 8 names, or "nothing"."""
+    names = store.names()
+    return ", ".join([*names[:8], *(["..."] if names[8:] else [])]) or "nothing"
+
+
 def list_objects(store: Store, key: str = "") -> Iterator[Listed]:
     """Yield every object below a folder, temporary files of writers too.
 

@@ -210,7 +210,7 @@ def _print_jobs(known: Iterable[tuple[RayJob, Progress | None]], url: str) -> No
     if not rows:
         OUT.print(f"no jobs at {url}; 'actlake submit job.toml' starts one")
         return
-    print_table(["job", "state", "shards", "rows", "rows/s", "since", "left", "dataset"], rows)
+    print_table(["job", "state", "shards", "rows", "rows/s", "running for", "left", "dataset"], rows)
 
 
 def _print_job(job: RayJob, progress: Progress | None, api: JobsApi) -> None:

@@ -66,7 +66,7 @@ def _sliced(part: "Slice", report: "IngestReport") -> str:
     if report.n_built == 0:
         built = f"nothing to build: no shard of slice {part} is missing"
     left = report.n_shards - report.n_committed
-    whole = "it is whole" if left == 0 else f"{left} are missing, of other slices or failed"
+    whole = "it is whole" if left == 0 else f"{left} still missing, of other slices or failed"
     return f"{built}; {report.dataset} has {report.n_committed} of {report.n_shards} shards: {whole}"
 
 

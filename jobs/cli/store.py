@@ -175,16 +175,17 @@ def rm(
                 f"{place.url} is the corpus of {', '.join(users[:5])}{', ...' if users[5:] else ''}; remove these "
                 "first, or say --force: their rows stay readable, their texts do not"
             )
+    if not as_json:
+        _print_inventories(found, yes)
+    if yes:
+        with bars(ERRORS) as progress:
+            for place, inventory in zip(places, found, strict=True):
+                task = progress.add_task("remove", total=inventory.n_objects, detail=inventory.kind)
+                remove(place, partial(progress.advance, task))
     if as_json:
         typer.echo(json.dumps({"removed": yes, "places": [asdict(inventory) for inventory in found]}, indent=1))
-    else:
-        _print_inventories(found, yes)
     if not yes:
         raise BadInputError("nothing was removed; say --yes to remove it")
-    with bars(ERRORS) as progress:
-        for place, inventory in zip(places, found, strict=True):
-            task = progress.add_task("remove", total=inventory.n_objects, detail=inventory.kind)
-            remove(place, partial(progress.advance, task))
 
 
 def _print_inventories(found: "list[Inventory]", yes: bool) -> None:

@@ -38,9 +38,12 @@ def _fewer_rows(plan: Estimate, share: float) -> str:
     """Name the most rows that a share of the size or cost buys, in whole shards where that is at least one."""
     n_rows = int(plan.sizes.n_rows.get("train", 0) * share)
     whole = n_rows // plan.spec.rows_per_shard * plan.spec.rows_per_shard
-    if n_rows < 1:
+    if whole:
+        return f"max_rows = {whole:_} fits"
+    # Of a part of a shard, what does not grow with the rows is more.
+    if (fewer := int(n_rows * 0.9)) < 1:
         return "no row fits: take fewer hook points"
-    return f"max_rows = {whole or n_rows:_} fits"
+    return f"max_rows = {fewer:_} fits"
 
 
 def _over_memory(plan: Estimate) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from actlake.jobs.plan.estimate import Estimate, changed
 from actlake.jobs.plan.machine import HERE, choose_machine
 from actlake.jobs.plan.stages import NAMES
+from actlake.jobs.units import duration
 from actlake.storage.codecs import Codec
 
 
@@ -19,7 +20,7 @@ class Change:
 
 
 def cheapest_change(plan: Estimate) -> Change | None:
-    """Return the change that saves most: dollars where there are prices, else hours; None where nothing helps."""
+    """Return the change that saves most: dollars where there are prices, else hours; None below a cent or a second."""
     months = plan.job.plan.months
     priced = plan.cost.total(months) > 0
     found = [
@@ -31,7 +32,7 @@ def cheapest_change(plan: Estimate) -> Change | None:
         for text, other in _candidates(plan)
     ]
     best = max(found, key=lambda change: change.saved if priced else change.hours_saved, default=None)
-    if best is None or (best.saved if priced else best.hours_saved) <= 0:
+    if best is None or (best.saved < 0.01 if priced else best.hours_saved < 1 / 3600):
         return None
     return best
 
@@ -54,8 +55,9 @@ def _candidates(plan: Estimate) -> Iterator[tuple[str, Estimate]]:
 
 def advice(plan: Estimate) -> str:
     """Say in a sentence what to change, and what the binding limit itself asks for."""
+    accelerators = "CPUs" if plan.setting.machine.gpu is None else "GPUs"
     limit = {
-        "forward": "more or faster GPUs, or fewer layers below the deepest hook point",
+        "forward": f"more or faster {accelerators}, or fewer layers below the deepest hook point",
         "host": "GPUs with a faster link, or fewer hook points",
         "encode": "more CPU cores a GPU, or codec 'none'",
         "nic": "more machines (the same bill in less time), or fewer hook points",
@@ -64,5 +66,5 @@ def advice(plan: Estimate) -> str:
     best = cheapest_change(plan)
     if best is None:
         return f"nothing that the rates know of is cheaper; the limit is {NAMES[plan.stages.binding]}: {limit}"
-    saved = f"saves ${best.saved:,.2f}" if best.saved > 0 else f"takes {best.hours_saved:,.2f} hours less"
+    saved = f"saves ${best.saved:,.2f}" if best.saved > 0 else f"takes {duration(best.hours_saved * 3600)} less"
     return f"{best.text} {saved}; the limit is {NAMES[plan.stages.binding]}: {limit}"

@@ -11,6 +11,7 @@ from actlake.ingest.sources import describe_sources, read_documents
 from actlake.ingest.tokenising import token_ids
 from actlake.jobs.jobfile import Job
 from actlake.jobs.plan.rates import Rates
+from actlake.jobs.units import format_nbytes
 
 #: Characters of text that are tokenised to find how many bytes a token has.
 _SAMPLED = 1_000_000
@@ -86,7 +87,7 @@ def source_tokens(job: Job, rates: Rates, measured: TextRate | None) -> SourceTo
         n_tokens=n_tokens,
         document_tokens=document_tokens,
         known_from=(
-            f"{nbytes / 1e6:,.1f} MB of sources at {rate.bytes_per_token:.2f} bytes a token ({how}): an estimate"
+            f"{format_nbytes(nbytes)} of sources at {rate.bytes_per_token:.2f} bytes a token ({how}): an estimate"
         ),
     )
 

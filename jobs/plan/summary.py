@@ -2,7 +2,7 @@
 
 from actlake.jobs.plan.estimate import Estimate
 from actlake.jobs.plan.stages import NAMES
-from actlake.jobs.units import count_of, format_nbytes
+from actlake.jobs.units import count_of, duration, format_nbytes
 
 
 def paragraph(plan: Estimate) -> str:
@@ -15,13 +15,9 @@ def paragraph(plan: Estimate) -> str:
         f"{count_of(sizes.n_objects, 'object')}{todo}; {format_nbytes(sizes.raw_nbytes)} raw, about "
         f"{format_nbytes(sizes.nbytes)} stored. {plan.workload.n_run:,} tokens through "
         f"the model, {plan.workload.n_straddling:,} of them twice and {plan.workload.n_padding:,} padding: about "
-        f"{_minutes(plan.stages.total)} on {machine.count} x {machine.name}, {NAMES[plan.stages.binding]} binds. "
+        f"{duration(plan.stages.total)} on {machine.count} x {machine.name}, {NAMES[plan.stages.binding]} binds. "
         f"{plan.n_workers} worker(s) of {format_nbytes(memory.host)} memory"
     )
     if (cost := plan.cost.total(plan.job.plan.months)) > 0:
         text += f"; ${cost:,.2f} with {plan.job.plan.months:g} month(s) of storage"
     return text + "; 'actlake plan' has more"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min"

@@ -176,6 +176,9 @@ def test_absent_and_unknown_files(tmp_path: Path) -> None:
     _raises("gone.txt' does not exist", f"{tmp_path}/gone.txt")
     _raises(r"a\.csv of .* no reader .*\.jsonl\.zst, \.parquet", f"{tmp_path}/a.csv")
     _raises(r"to read a folder write e.g. '.*/folder/\*\.jsonl'", f"{tmp_path}/folder")
+    for name in ("a.txt", "b.txt", "c.jsonl", "README.md"):
+        (tmp_path / "folder" / name).write_text("text")
+    _raises(r"to read a folder write e.g. '.*/folder/\*\.txt'", f"{tmp_path}/folder/")
 
 
 def test_every_source_is_listed_before_the_first_is_read(tmp_path: Path) -> None:

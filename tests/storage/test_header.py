@@ -174,6 +174,10 @@ def test_no_dataset_says_what_is_there(tmp_path: Path) -> None:
         Header.read(Store(tmp_path))
     with pytest.raises(NotFoundError, match="found there: nothing"):
         Header.read(Store(tmp_path / "absent"))
+    for name in range(8):
+        Store(tmp_path).write(f"{name}.txt", b"")
+    with pytest.raises(NotFoundError, match=r"0.txt, .*6.txt, 7.txt, \.\.\.\)"):
+        Header.read(Store(tmp_path))
 
 
 @pytest.mark.parametrize(
