@@ -45,6 +45,9 @@ _MOST_STARTS = 3
 #: Seconds that a pending worker gets after all others could not start; in a run that has begun ``start_timeout``.
 _GRACE_S = 20.0
 
+#: Seconds without a worker after which it is said what is waited for.
+_QUIET_S = 15.0
+
 #: Seconds after which workers are asked for again that could not even be made where Ray had put them.
 _AGAIN_S = 60.0
 
@@ -127,6 +130,7 @@ class Pool:
         now = time.monotonic()
         self._enough_at = self._status_at = self._nodes_at = self._unable_at = now
         self._told: set[str] = set()
+        self._told_to_wait = False
         self._untold: list[str] = []
         for _ in range(options.most):
             self._add()
@@ -342,8 +346,14 @@ class Pool:
         if unable and not n_ready and (not may_come or (not self._begun and now - self._unable_at > _GRACE_S)):
             assert unable[0].error is not None
             raise_unable(unable[0].error)
-        if now - self._enough_at > self._options.start_timeout:
-            wanted = wanted_by(self._order, self._options.resources)
+        waited, wanted = now - self._enough_at, wanted_by(self._order, self._options.resources)
+        if waited > _QUIET_S and not self._told_to_wait:
+            self._told_to_wait = True
+            self._note(
+                f"{n_ready} of {self._least} workers are there: {no_room(wanted)}; waiting for room, up to "
+                f"{self._options.start_timeout:.0f} s (run.start_timeout)"
+            )
+        if waited > self._options.start_timeout:
             least = "" if n_ready == 0 else f" ({n_ready} of run.workers.min = {self._options.least} are ready)"
             raise ActlakeError(
                 f"no worker came for {self._options.start_timeout:.0f} s{least}: {no_room(wanted)}; give the cluster "

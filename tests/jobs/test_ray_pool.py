@@ -1,6 +1,7 @@
 """Workers that come, go, fail and die: the engine with actors that load no model, on the Ray of this test session."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -467,9 +468,19 @@ def test_a_silent_node_that_the_cluster_gives_up_loses_its_shards(
     assert all("the node of its worker" in str(event.error) for event in retried)
 
 
-def test_a_run_does_not_wait_for_ever_for_workers(tmp_path: Path, held_cpu: Any) -> None:
+def test_a_run_says_what_it_waits_for_and_not_for_ever(
+    tmp_path: Path, held_cpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_pool, "_QUIET_S", 1.0)
+    notes: list[str] = []
     with pytest.raises(ActlakeError, match=r"no worker came for 3 s.*run\.start_timeout"):
-        list(run(NullWorker, tmp_path, 4, most=2, least=2, start_timeout=3.0))
+        list(run(NullWorker, tmp_path, 4, notes, most=2, least=2, start_timeout=3.0))
+    (note,) = notes
+    assert re.fullmatch(
+        r"[01] of 2 workers are there: a worker wants 1 CPUs and 0 GPUs; .*; waiting for room, up to 3 s "
+        r"\(run\.start_timeout\)",
+        note,
+    )
 
 
 def test_a_worker_may_want_resources_of_its_own(tmp_path: Path) -> None:
