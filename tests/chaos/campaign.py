@@ -220,7 +220,7 @@ class Run:
         folder: Path,
         *,
         engine: str = "local",
-        workers: int = 1,
+        workers: int | str = 1,
         address: str | None = None,
         points: Path | None = None,
         codec: str = "blosc",

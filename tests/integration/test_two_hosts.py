@@ -156,7 +156,8 @@ def run_on(site: Site, world: World, folder: Path) -> Run:
         world,
         folder,
         engine="ray",
-        workers=2,
+        # One worker of two shards at once could do everything before the other is there.
+        workers="{ min = 2, max = 2 }",
         address=site.nodes.address,
         points=site.points["a"],
         dataset=f"{site.store.url}/ds",
@@ -184,7 +185,7 @@ def test_two_hosts_build_one_dataset(site: Site, world: World, tmp_path: Path) -
     for points in site.points.values():
         (points / f"{BETWEEN_OBJECTS}.armed").touch()
     driver = run.start(*site.a.inside)
-    # None of them can do everything before the other has begun.
+    # Each holds one of its shards until the other holds one too.
     places = list(site.points.values())
     wait_until(lambda: driver.poll() is not None or all(at(points, BETWEEN_OBJECTS) for points in places), 240, "both")
     for points in places:
