@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from actlake.shards.columns import BatchColumns
+from actlake.shards.columns import BatchColumns, WindowColumns
 from actlake.shards.course import Course, Piece, Position
 from actlake.shards.memory import Memory, Slot
 from actlake.shards.prefetch import Workers
@@ -21,28 +22,31 @@ Stretch = tuple[Window, int, int]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Delivery:
-    """One batch: its memory, its rows, where they come from, and the stream's position after it."""
+    """One batch: its memory, its rows, where they come from; a position, and how much of it is delivered with this."""
 
     slot: Slot
     n_rows: int
     stretches: list[Stretch]
-    position: Position
+    reached: tuple[Position, int]
 
     def columns(self, keep: npt.NDArray[np.bool_] | None = None) -> BatchColumns:
         """Return the batch's row columns, of the rows of ``keep`` alone where it is given."""
+        # Not the windows themselves, which hold the memory of other batches.
         parts = [(window.columns, low, high) for window, low, high in self.stretches]
-
-        def read(name: str) -> npt.NDArray[Any]:
-            values = np.concatenate([columns.gather(name, low, high) for columns, low, high in parts])
-            return values if keep is None else values[keep]
-
-        return BatchColumns(read)
+        return BatchColumns(partial(_gather, parts, keep))
 
     def undamaged(self) -> npt.NDArray[np.bool_] | None:
         """Return bool [n_rows]: which rows could be read; None for all."""
         if not any(window.damaged for window, _, _ in self.stretches):
             return None
         return np.concatenate([~window.is_damaged(low, high) for window, low, high in self.stretches])
+
+
+def _gather(
+    parts: list[tuple[WindowColumns, int, int]], keep: npt.NDArray[np.bool_] | None, name: str
+) -> npt.NDArray[Any]:
+    values = np.concatenate([columns.gather(name, low, high) for columns, low, high in parts])
+    return values if keep is None else values[keep]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,8 +110,8 @@ class Dispatcher:
             if n_rows < size and not last:
                 self._open, self._filled = slot, stretches
                 break
-            after = start.delivered(n_done + number + 1)
-            deliveries.append(Delivery(slot=slot, n_rows=n_rows, stretches=stretches, position=after))
+            reached = start, n_done + number + 1
+            deliveries.append(Delivery(slot=slot, n_rows=n_rows, stretches=stretches, reached=reached))
         else:
             self._open, self._filled = None, []
         n_tasks = len(part.units) * len(part.segment.dealer.source.points)

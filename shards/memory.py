@@ -1,6 +1,5 @@
 """Memory of batches in flight: slots of one batch each, handed out again once a trainer has dropped the batch."""
 
-import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,9 +70,8 @@ class Memory:
 
     def lend(self, slot: Slot) -> dict[str, npt.NDArray[Any]]:
         """Return a slot's rows by name; the slot comes back when the last of these arrays is dropped."""
-        lease = _Lease()
-        weakref.finalize(lease, self._come_back, slot).atexit = False
-        return {name: np.asarray(_Lent(slot.rows(name), lease)) for name in self._arrays}
+        lease = _Lease(self, slot)
+        return {name: _lent(slot.rows(name), lease) for name in self._arrays}
 
     def give_back(self, slot: Slot) -> None:
         """Take a slot back that was not lent."""
@@ -93,11 +91,22 @@ class Memory:
 class _Lease:
     """Lives as long as an array that holds it."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("_memory", "_slot")
+
+    def __init__(self, memory: Memory, slot: Slot) -> None:
+        self._memory, self._slot = memory, slot
+
+    def __del__(self) -> None:
+        self._memory.give_back(self._slot)
 
 
-class _Lent:
-    # An array made of this one has it as its base, and with it the lease.
-    def __init__(self, rows: npt.NDArray[Any], lease: _Lease) -> None:
-        self.rows, self.lease = rows, lease
-        self.__array_interface__ = rows.__array_interface__
+class _Lent(np.ndarray[Any, Any]):
+    """Rows with their lease. What is made of them holds either them or the slab alone, so a trainer gets tensors."""
+
+    lease: _Lease
+
+
+def _lent(rows: npt.NDArray[Any], lease: _Lease) -> npt.NDArray[Any]:
+    found = rows.view(_Lent)
+    found.lease = lease
+    return found

@@ -49,7 +49,7 @@ class Source:
     def spec(self) -> DatasetSpec:
         return self.columns.spec
 
-    @property
+    @cached_property
     def readers(self) -> tuple[ShardReader, ...]:
         """Each reader once, that of the row columns first."""
         found = {id(reader): reader for reader in (self.columns, *(reader for reader, _ in self.points.values()))}
@@ -60,7 +60,7 @@ class Source:
         """The stored array of each name in a batch."""
         return {name: array for name, (_, array) in self.points.items()}
 
-    @property
+    @cached_property
     def nbytes_per_row(self) -> int:
         """Bytes of a row in a batch."""
         return sum(array.nbytes_per_row for array in self.arrays.values())
@@ -70,7 +70,7 @@ class Source:
         """Rows that are whole chunks of every hook point; divides the shard, since each of the chunk sizes does."""
         return math.lcm(*(array.rows_per_chunk for array in self.arrays.values()))
 
-    @property
+    @cached_property
     def local(self) -> bool:
         return all(reader.store.local for reader in self.readers)
 

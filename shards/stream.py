@@ -55,7 +55,7 @@ class ActivationStream(IterableDataset[TokenBatch]):
     def __init__(self, origin: Origin, settings: StreamSettings) -> None:
         self._origin, self.settings = origin, settings
         self._source = origin.source(settings.points)
-        self._position, self._worker, self._turn = Position(), Share(), 0
+        self._reached, self._worker, self._turn = (Position(), 0), Share(), 0
         self._counters = Counters()
         self._segments = self._segments_of(self._source, None)
         self._labels = {field: origin.labels(field) for field in settings.columns}
@@ -217,6 +217,16 @@ class ActivationStream(IterableDataset[TokenBatch]):
 
     # --- iteration ---
 
+    @property
+    def _position(self) -> Position:
+        # Reckoned where it is asked for: for every batch it would take a tenth of the consumer's time.
+        start, n_delivered = self._reached
+        return start.delivered(n_delivered) if n_delivered else start
+
+    @_position.setter
+    def _position(self, position: Position) -> None:
+        self._reached = position, 0
+
     def _segments_of(self, source: Source, snapshot: Mapping[str, Any] | None) -> Segments:
         # Of the stream's dataset as it is now, or as it was when a state was saved.
         settings = self.settings
@@ -294,12 +304,12 @@ class ActivationStream(IterableDataset[TokenBatch]):
                 run, pid = self._run(), os.getpid()
             begun = time.perf_counter()
             try:
-                batch, position = next(run)
+                batch, reached = next(run)
             except StopIteration:
                 break
             finally:
                 self._counters.wall_s += time.perf_counter() - begun
-            self._position = position
+            self._reached = reached
             yield batch
             # Not held while the next one is waited for.
             del batch
@@ -319,8 +329,8 @@ class ActivationStream(IterableDataset[TokenBatch]):
             )
         return self._course(self.settings.share, here), self._position
 
-    def _run(self) -> Iterator[tuple[TokenBatch, Position]]:
-        # Yields each batch with the position that comes after it.
+    def _run(self) -> Iterator[tuple[TokenBatch, tuple[Position, int]]]:
+        # Yields each batch with what is reached by it: a position, and the batches of it that are delivered.
         settings = self.settings
         course, position = self._begin()
         n_threads = settings.read_ahead or thread_count(self._source.local)
@@ -335,10 +345,10 @@ class ActivationStream(IterableDataset[TokenBatch]):
                 # Delivered batches must not stay in memory through their window.
                 del flight
                 while deliveries:
-                    position = deliveries[0].position
+                    reached = deliveries[0].reached
                     batch = self._to_batch(deliveries.popleft(), memory)
                     if len(batch):
-                        yield batch, position
+                        yield batch, reached
                     del batch
 
     def _ahead(self, flights: Iterator[Flight | None], n_threads: int) -> Iterator[Flight]:
@@ -379,7 +389,8 @@ class ActivationStream(IterableDataset[TokenBatch]):
         settings = self.settings
         if settings.pin_memory and torch.accelerator.is_available():
             rows = rows.pin_memory()
-        rows = rows.to(settings.device, non_blocking=settings.pin_memory)
+        if settings.device != "cpu":
+            rows = rows.to(settings.device, non_blocking=settings.pin_memory)
         if self.normalizer is not None:
             rows = self.normalizer.apply(rows, name)
         return rows if settings.dtype is None else rows.to(settings.dtype)

@@ -115,17 +115,11 @@ class Dealer:
     def begin(self, units: I64, plan: Plan, slots: Sequence[Slot]) -> Window:
         """Return a window; nothing is read yet."""
         damaged: set[int] = set()
-
-        def read(name: str, place: int) -> npt.NDArray[Any]:
-            unit = int(units[place])
-            # Rows that are left out need no columns, which may be lost as well.
-            return np.zeros(self.kept_U[unit], np.uint8) if place in damaged else self._column(name, unit)
-
         return Window(
             units=units,
             plan=plan,
             slots=slots,
-            columns=WindowColumns(len(units), plan.taken, read, self._wanted),
+            columns=WindowColumns(len(units), plan.taken, partial(self._read_column, units, damaged), self._wanted),
             run=_runs(slots),
             first_kept=np.cumsum(np.append(0, self.kept_U[units]))[:-1],
             damaged=damaged,
@@ -239,6 +233,11 @@ class Dealer:
         reader.read_rows(array, shard, start, start + n_rows, out, held)
         return self._only_kept(unit, out[:n_rows])
 
+    def _read_column(self, units: I64, damaged: set[int], name: str, place: int) -> npt.NDArray[Any]:
+        unit = int(units[place])
+        # Rows that are left out need no columns, which may be lost as well.
+        return np.zeros(self.kept_U[unit], np.uint8) if place in damaged else self._column(name, unit)
+
     def _column(self, name: str, unit: int) -> npt.NDArray[Any]:
         shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
         if name == "row":
@@ -257,11 +256,16 @@ class Dealer:
         return rows[self.kept(unit)] if unit in self._kept else rows
 
     def _memory(self, array: ArraySpec, n_rows: int) -> npt.NDArray[Any]:
-        nbytes = n_rows * array.nbytes_per_row
-        memory: npt.NDArray[np.uint8] | None = getattr(self._scratch, "memory", None)
-        if memory is None or memory.nbytes < nbytes:
-            memory = self._scratch.memory = np.empty(nbytes, dtype=np.uint8)
-        return memory[:nbytes].view(bits_dtype(array)).reshape(array.shape(n_rows))
+        # One a thread; the arrays that it is seen as are kept with it, as they cost as much as reading a small chunk.
+        scratch, kind = self._scratch.__dict__, (array.dtype, array.width, n_rows)
+        if kind not in scratch.setdefault("views", {}):
+            nbytes = n_rows * array.nbytes_per_row
+            if "memory" not in scratch or scratch["memory"].nbytes < nbytes:
+                scratch.update(memory=np.empty(nbytes, dtype=np.uint8), views={})
+            rows = scratch["memory"][:nbytes].view(bits_dtype(array)).reshape(array.shape(n_rows))
+            scratch["views"][kind] = rows
+        found: npt.NDArray[Any] = scratch["views"][kind]
+        return found
 
 
 def _put(window: Window, name: str, rows: npt.NDArray[Any], move: Move | Scatter) -> None:

@@ -7,6 +7,7 @@ its own crc32c. Chunks that lie wholly past the last row are absent (offset and 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import crc32c as crc32c_library
@@ -43,11 +44,11 @@ class ArraySpec:
     rows_per_chunk: int
     codec: Codec
 
-    @property
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         return np.dtype(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else np.dtype(self.dtype).newbyteorder("<")
 
-    @property
+    @cached_property
     def nbytes_per_row(self) -> int:
         return self.numpy_dtype.itemsize * (self.width or 1)
 
