@@ -25,7 +25,7 @@ from actlake.storage.stores import Store
 POINT = "layers.1.attn_z"
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+@pytest.fixture(scope="module", params=["gs", "s3", "az"])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
