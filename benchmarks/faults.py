@@ -217,20 +217,20 @@ async def _read_body(stream: asyncio.StreamReader, message: _Message, *, until_e
         message.body = await stream.read(-1)
 
 
-async def _start(target: int, faults: Faults) -> tuple[asyncio.Server, int]:
+async def _start(target: int, faults: Faults, port: int = 0) -> tuple[asyncio.Server, int]:
     spoiler = _Proxy(target, faults)
-    server = await asyncio.start_server(spoiler.serve, "127.0.0.1", 0, limit=1 << 20, backlog=256)
+    server = await asyncio.start_server(spoiler.serve, "127.0.0.1", port, limit=1 << 20, backlog=256)
     spoiler.port = server.sockets[0].getsockname()[1]
     return server, spoiler.port
 
 
 @contextmanager
-def proxy(target: int, faults: Faults) -> Iterator[int]:
-    """Run a proxy to a port in a thread of this process; give its own port."""
+def proxy(target: int, faults: Faults, port: int = 0) -> Iterator[int]:
+    """Run a proxy to a port in a thread of this process; give its own port, by default a free one."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="faults", daemon=True)
     thread.start()
-    server, port = asyncio.run_coroutine_threadsafe(_start(target, faults), loop).result(30)
+    server, port = asyncio.run_coroutine_threadsafe(_start(target, faults, port), loop).result(30)
 
     async def stop() -> None:
         server.close()

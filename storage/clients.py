@@ -145,6 +145,15 @@ def open_file_system(protocol: str, options: Mapping[str, Any], limits: Limits) 
 
 
 def _amazon(options: dict[str, Any], limits: Limits) -> fsspec.AbstractFileSystem:
+    from botocore import exceptions
+
+    def is_transient(error: Exception) -> bool:
+        # s3fs itself tries broken connections again, and not those that could not be made.
+        if isinstance(error, exceptions.SSLError):
+            return False
+        unconnected = isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
+        return unconnected or _status(error) in _TRANSIENT
+
     config = {
         "connect_timeout": limits.connect_s,
         "read_timeout": limits.stall_s,
@@ -157,7 +166,7 @@ def _amazon(options: dict[str, Any], limits: Limits) -> fsspec.AbstractFileSyste
     config |= options.get("config_kwargs") or {}
     own = {"use_listings_cache": False} | options | {"config_kwargs": config}
     fs = fsspec.filesystem("s3", **own)
-    fs._call_s3 = _retrying(type(fs)._call_s3.__get__(fs), limits, lambda error: _status(error) in _TRANSIENT)
+    fs._call_s3 = _retrying(type(fs)._call_s3.__get__(fs), limits, is_transient)
     return fs
 
 

@@ -101,6 +101,8 @@ class ShardRecord:
             raise BadInputError(f"shard {self.shard} or revision {self.revision} is none that there can be")
         if not 0 <= first < 2**63 or not 0 <= n_rows <= MAX_ROWS_PER_SHARD or not 0 <= n_void < 2**63:
             raise BadInputError(f"shard {self.shard}: {n_rows} rows from {first} on, {n_void} void: that cannot be")
+        if self.nbytes >= 2**63:
+            raise BadInputError(f"shard {self.shard}: {self.nbytes:,} bytes are no shard's: sizes are of 63 bits")
 
     @property
     def nbytes(self) -> int:

@@ -137,8 +137,9 @@ def bucket(address: str) -> Iterator[Store]:
         wait_until(lambda: answers(address, port), 60, "an S3 server")
         options: dict[str, Any] = s3_options(port)
         options["client_kwargs"]["endpoint_url"] = f"http://{address}:{port}"
-        # What was under way when a host was cut off is begun again after seconds.
-        options |= {"wait_s": 0.1, "stall_s": 5.0}
+        # What was under way when a host was cut off is begun again after seconds, until the host is back: an attempt
+        # that gave up would not finish late.
+        options |= {"wait_s": 0.1, "stall_s": 5.0, "attempts": 60}
         store = Store("s3://actlake-hosts/run", options)
         store.fs.mkdir("actlake-hosts")
         yield store

@@ -3,9 +3,11 @@
 import base64
 import itertools
 import pickle
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +68,21 @@ def test_objects_arrive_whole_through_a_bad_network(servers: Servers, kind: str)
             assert store.nbytes(f"f/{number}") == len(data)
         assert len(store.names("f")) == 25
     assert {"429", "500", "503", "504", "reset", "truncate", "lost", "twice", "late"} == set(faults.done)
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_service_that_cannot_be_connected_to_is_asked_again(servers: Servers, kind: str) -> None:
+    plain = servers.folder(kind)
+    plain.write("f", b"there")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    store = servers[plain.protocol].store(plain.url, port, **(QUICK | {"attempts": 40}))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(store.read, "f")
+        time.sleep(0.5)
+        assert not answer.done()
+        with proxy(servers[plain.protocol].port, Faults(), port=port):
+            assert answer.result(60) == b"there"
 
 
 @pytest.mark.parametrize("kind", ["gs", "s3"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actlake.storage.errors import CorruptObjectError, NotFoundError
+from actlake.storage.errors import BadInputError, CorruptObjectError, NotFoundError
 from actlake.storage.records import (
     ObjectRecord,
     Provenance,
@@ -53,6 +53,18 @@ def test_what_a_later_version_adds_to_provenance_is_passed_over(make_record: Cal
     value = json.loads(record.to_bytes())
     value["provenance"]["gpu_hours"] = 3
     assert ShardRecord.from_bytes(json.dumps(seal(value)).encode(), "w") == record
+
+
+def test_sizes_that_do_not_add_up_to_63_bits_are_refused(make_record: Callable[..., ShardRecord]) -> None:
+    """Each of two objects may have 2**62 bytes for all that is known; their sum is a column of int64."""
+    record, half = make_record(5), ObjectRecord(nbytes=2**62, crc32c=0)
+    one, other, *_ = record.objects
+    replace(record, objects={one: half})
+    with pytest.raises(BadInputError, match="shard 5: 9,223,372,036,854,775,808 bytes are no shard's"):
+        replace(record, objects={one: half, other: half})
+    sealed = record.to_bytes().replace(b'"nbytes": 1005', b'"nbytes": 9223372036854775807')
+    with pytest.raises(CorruptObjectError, match="is no commit record"):
+        ShardRecord.from_bytes(sealed, "w")
 
 
 @pytest.mark.parametrize("damage", ["cut", "list", "no content", "extra", "object field", "objects list", "not utf-8"])
