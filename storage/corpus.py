@@ -47,6 +47,7 @@ from actlake.storage.parquet_bounds import check_footer, require_whole
 from actlake.storage.records import ObjectRecord
 from actlake.storage.row_index import RowIndex, count_rows
 from actlake.storage.rowspace import ROLES, KeepRule
+from actlake.storage.spec import SPLITS
 from actlake.storage.stored_json import MAX_NBYTES, parse_object, require_fields
 from actlake.storage.stores import Store
 
@@ -80,7 +81,8 @@ class Corpus:
         self.corpus_id: str = header["corpus_id"]
         self.complete: bool = header["complete"]
         require_fields(_Header, header)
-        self.splits = {name: SplitInfo(**require_fields(SplitInfo, info)) for name, info in header["splits"].items()}
+        # Each of them is there, if only with no sequence.
+        self.splits = {name: SplitInfo(**require_fields(SplitInfo, header["splits"][name])) for name in SPLITS}
         self.files: dict[str, ObjectRecord] = {
             key: ObjectRecord(**require_fields(ObjectRecord, value)) for key, value in header["files"].items()
         }

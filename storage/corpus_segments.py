@@ -7,6 +7,7 @@ from typing import Any, Self
 from actlake.storage.corpus_spec import SourceFile, SplitInfo
 from actlake.storage.errors import SpecMismatchError
 from actlake.storage.rowspace import content_hash
+from actlake.storage.spec import SPLITS
 from actlake.storage.stored_json import require_fields
 
 
@@ -38,7 +39,7 @@ class Segment:
             segment_id=require_fields(cls, value, skip=["source_files", "splits"])["segment_id"],
             sources=tuple(value["sources"]),
             source_files=tuple(SourceFile(**require_fields(SourceFile, file)) for file in value["source_files"]),
-            splits={name: SplitInfo(**require_fields(SplitInfo, info)) for name, info in value["splits"].items()},
+            splits={name: SplitInfo(**require_fields(SplitInfo, value["splits"][name])) for name in SPLITS},
         )
 
 

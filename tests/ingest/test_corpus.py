@@ -716,6 +716,7 @@ def test_flipped_bits_never_give_other_tokens_or_rows(work: Path) -> None:
     ("change", "error", "match"),
     [
         (lambda text: text[:50], CorruptObjectError, r"corpus\.json is damaged"),
+        (lambda text: text.replace('"train"', '"trains"'), CorruptObjectError, r"is damaged \(KeyError: 'train'\)"),
         (lambda text: text.replace('"seed": 0', '"seed": -1'), CorruptObjectError, "seed = -1 is out of range"),
         (
             lambda text: text.replace('"format_version": 1', '"format_version": 99'),
