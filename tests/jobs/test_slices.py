@@ -98,7 +98,7 @@ def test_slices_in_any_order_make_the_dataset_whole(
     assert result.exit_code == 0, result.output
     assert "; 2 of slice 2/3 are to be built" in result.output  # Shards 2 and 5, and no held-out one.
     assert "built 2 shards of slice 2/3" in result.output
-    assert "has 2 of 8 shards: 6 are missing, of other slices or failed" in result.output
+    assert "has 2 of 8 shards: 6 still missing, of other slices or failed" in result.output
     assert not (ds / "root.json").exists()
     again = run("ingest", job, "--engine", "local", "--slice", "2/3")
     assert (again.exit_code, "nothing to build: no shard of slice 2/3 is missing" in again.output) == (0, True)
