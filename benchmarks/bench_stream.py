@@ -202,6 +202,7 @@ class RankTask:
     rank: int
     world_size: int
     cores: tuple[int, ...]
+    buffer_bytes: int
 
 
 def bench_ranks(ds: actlake.ActivationDataset, point: str, options: argparse.Namespace) -> list[Row]:
@@ -238,10 +239,13 @@ def _run_ranks(
             rank=rank,
             world_size=world_size,
             cores=cores,
+            # Small windows: of two that many ranks share, each would be decoded by several.
+            buffer_bytes=BUFFER_ROWS * row_nbytes(ds, [point]),
         )
         for rank in range(world_size)
     ]
     processes = [context.Process(target=run_rank, args=(task, barrier, results), daemon=True) for task in tasks]
+    warm_memory()
     for process in processes:
         process.start()
     found = [results.get(timeout=600) for _ in processes]
@@ -257,7 +261,12 @@ def run_rank(task: RankTask, barrier: Any, results: Any) -> None:
     os.sched_setaffinity(0, task.cores)
     ds = actlake.open(task.url)
     stream = ds.stream(
-        [task.point], batch_size=task.batch_size, epochs=task.epochs, rank=task.rank, world_size=task.world_size
+        [task.point],
+        batch_size=task.batch_size,
+        epochs=task.epochs,
+        rank=task.rank,
+        world_size=task.world_size,
+        buffer_bytes=task.buffer_bytes,
     )
     source, target = np.ones(64 << 20, dtype=np.uint8), np.ones(64 << 20, dtype=np.uint8)
     barrier.wait(timeout=120)

@@ -10,6 +10,7 @@ import numpy as np
 from actlake.shards.order import I64, deal, epoch_order, window_bounds
 from actlake.shards.unpermute import Unpermuted, corpus_order, span_bounds, span_of
 from actlake.shards.window import Dealer, Plan
+from actlake.storage.errors import BadInputError
 
 #: Segments that stay planned: a run of batches may go on into the next ones.
 _PLANNED = 4
@@ -115,10 +116,12 @@ class Epochs(_OfSnapshot):
 class InSequence(_OfSnapshot):
     """A snapshot in corpus order, the same in every epoch: each window is a few shuffle blocks, put back into order."""
 
-    def __init__(self, dealer: Dealer, batch_size: int) -> None:
+    def __init__(self, dealer: Dealer, batch_size: int, buffer_nbytes: int) -> None:
         super().__init__(dealer)
         self._batch_size = batch_size
-        bounds = span_bounds(dealer.units, span_of(dealer.source.spec, dealer.rows_per_unit))
+        span = span_of(dealer.source.spec, dealer.rows_per_unit)
+        _require_span(span * dealer.source.nbytes_per_row, buffer_nbytes)
+        bounds = span_bounds(dealer.units, span)
         self._only = Segment(dealer=dealer, units=np.arange(len(dealer.units)), bounds=bounds)
 
     def segment(self, number: int) -> Segment:
@@ -137,6 +140,14 @@ class InSequence(_OfSnapshot):
     def describe(self) -> dict[str, Any]:
         """Return the snapshot."""
         return {"snapshot": self._dealer.snapshot.to_json()}
+
+
+def _require_span(nbytes: int, buffer_nbytes: int) -> None:
+    if 2 * nbytes > buffer_nbytes:
+        raise BadInputError(
+            f"order='sequence' puts whole shuffle blocks back into order, here {nbytes:,} bytes each, two at a time; "
+            f"buffer_bytes is {buffer_nbytes:,}: give buffer_bytes={2 * nbytes}, or fewer hook points"
+        )
 
 
 def deal_part(part: Part, batch_size: int, filled: int) -> Plan:

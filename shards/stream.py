@@ -34,7 +34,6 @@ from actlake.shards.segments import Epochs, InSequence, Segments
 from actlake.shards.sequences import Sequences
 from actlake.shards.settings import StreamSettings
 from actlake.shards.source import Source
-from actlake.shards.unpermute import span_of
 from actlake.shards.window import Dealer
 from actlake.storage.errors import BadInputError, UncommittedShardError
 
@@ -241,18 +240,9 @@ class ActivationStream(IterableDataset[TokenBatch]):
         dealer = Dealer(source, chosen, self._counters, skip_damaged=settings.on_damage == "skip")
         nbytes = settings.buffer_nbytes
         if settings.order == "sequence":
-            self._require_span(dealer, nbytes)
-            return InSequence(dealer, settings.batch_size)
+            return InSequence(dealer, settings.batch_size, nbytes)
         per_window = units_per_window(nbytes, source.nbytes_per_row, dealer.rows_per_unit, settings.batch_size)
         return Epochs(dealer, settings.seed, settings.batch_size, per_window)
-
-    def _require_span(self, dealer: Dealer, nbytes: int) -> None:
-        span = span_of(self._source.spec, dealer.rows_per_unit) * self._source.nbytes_per_row
-        if 2 * span > nbytes:
-            raise BadInputError(
-                f"order='sequence' puts whole shuffle blocks back into order, here {span:,} bytes each, two at a time; "
-                f"buffer_bytes is {nbytes:,}: give buffer_bytes={2 * span}, or fewer hook points"
-            )
 
     def _check_rows(self) -> None:
         # What can be known before anything but a filter's columns is read.
