@@ -9,6 +9,9 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 ifeq ($(UV_FIND_LINKS),)
 unexport UV_FIND_LINKS
 endif
+# Bytecode belongs into the environment made here, also where it is written nowhere else: without it every process
+# compiles torch, transformers and ray anew, 10 CPU seconds instead of 4.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python -c requirements.lock
 TRAINERS := .venv-trainers
 RIVALS := .venv-rivals
