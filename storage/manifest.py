@@ -29,7 +29,7 @@ from actlake.storage.groups import (
     shards_of_index,
 )
 from actlake.storage.html import table_html
-from actlake.storage.manifest_files import SCHEMA, group_key, sum_sizes, to_records, to_table
+from actlake.storage.manifest_files import REMEDY, SCHEMA, group_key, sum_sizes, to_records, to_table
 from actlake.storage.manifest_parts import ALL_GROUPS, GroupFile, IndexFile, LooseGroup, Part, Rows
 from actlake.storage.records import GROUP_SHARDS, ShardRecord
 from actlake.storage.rowspace import RowSpace
@@ -203,7 +203,10 @@ class Manifest:
     # --- records ---
 
     def record(self, shard: int) -> ShardRecord:
-        """Return the record of one shard; raise ``UncommittedShardError`` where it has none."""
+        """Return the record of one shard; raise ``UncommittedShardError`` where it has none.
+
+        Raises ``DataError`` where it has other rows than the manifest says: row numbers would be wrong.
+        """
         place = int(np.searchsorted(self._shard, shard))
         if place == len(self) or self._shard[place] != shard:
             raise UncommittedShardError(
@@ -211,12 +214,18 @@ class Manifest:
             )
         part = self._parts[int(np.searchsorted(self._ends, place, side="right"))]
         try:
-            return part.record(shard)
+            record = part.record(shard)
         except NotFoundError as error:
             raise UncommittedShardError(
                 f"shard {shard} has lost its commit record since the dataset was opened; "
                 "'actlake ingest' with the dataset's job file builds what is missing"
             ) from error
+        if record.n_rows != (n_rows := self._known["n_rows"][place].as_py()):
+            raise DataError(
+                f"shard {shard} has {record.n_rows} rows by its commit record and {n_rows} by the manifest: open the "
+                f"dataset again if it has been rebuilt since; else {REMEDY}"
+            )
+        return record
 
     def records(self) -> Iterator[ShardRecord]:
         """Yield every record, ascending."""

@@ -173,7 +173,7 @@ _COLUMNS: tuple[Column, ...] = (
     lambda column: pa.array([float("nan")] * len(column)),
     lambda column: pa.array([[1.0] * 3] * len(column), pa.list_(pa.float64())),
     lambda column: pa.array([[]] * len(column), pa.list_(pa.float64())),
-    lambda column: pa.chunked_array([column.take(pa.array(list(range(len(column)))[::-1]))]),
+    lambda column: pa.chunked_array([column.take(pa.array(range(len(column))[::-1], pa.int64()))]),
     lambda column: column.take(pa.array([0] * len(column))) if len(column) else column,
 )
 #: Kept at the column's own type: what only the values tell.

@@ -378,6 +378,17 @@ def test_what_was_replaced_since_is_named(full: str) -> None:
         manifest.record(5)
 
 
+def test_a_record_with_other_rows_than_the_manifest_says_is_refused(full: str) -> None:
+    store = Store(full)
+    finish(store)
+    manifest = Manifest.load(store)
+    record = manifest.record(5)
+    commit(store, replace(record, n_rows=record.n_rows - 1))
+    with pytest.raises(DataError, match=r"shard 5 has \d+ rows by its commit record and \d+ by the manifest: open the"):
+        manifest.record(5)
+    assert manifest.record(6).shard == 6
+
+
 class Racing(Store):
     """A store beside which another driver un-commits shard 1: ``n_before`` of its steps before ``key`` is written."""
 
