@@ -1,9 +1,13 @@
 """Refuses what cannot fit, with the numbers and the nearest setting that does."""
 
-from actlake.jobs.plan.estimate import Estimate
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from actlake.jobs.plan.estimate import Estimate, estimate
 from actlake.jobs.plan.machine import HERE
 from actlake.jobs.work import SHARDS_IN_FLIGHT
-from actlake.storage.errors import JobFileError
+from actlake.storage.errors import BadInputError, JobFileError
 
 
 def check(plan: Estimate, *, memory: bool = True) -> None:
@@ -17,33 +21,52 @@ def check(plan: Estimate, *, memory: bool = True) -> None:
 
 
 def _over_budget(plan: Estimate) -> list[str]:
-    budget, found = plan.job.budget, []
-    if budget.max_bytes is not None and plan.sizes.nbytes > budget.max_bytes:
+    found = []
+    most, most_cost = plan.job.budget.max_bytes, plan.job.budget.max_cost
+    if most is not None and plan.sizes.nbytes > most:
+        fewer = _fewer_rows(plan, lambda other: other.sizes.nbytes <= most)
         found.append(
-            f"it would store {plan.sizes.nbytes:,} bytes, budget.max_bytes is {budget.max_bytes:,}; "
-            f"{_fewer_rows(plan, budget.max_bytes / plan.sizes.nbytes)}, or raise budget.max_bytes"
+            f"it would store {plan.sizes.nbytes:,} bytes, budget.max_bytes is {most:,}; {fewer}, or raise "
+            "budget.max_bytes"
         )
     months = plan.job.plan.months
     cost = plan.cost.total(months)
-    if budget.max_cost is not None and cost > budget.max_cost:
+    if most_cost is not None and cost > most_cost:
+        fewer = _fewer_rows(plan, lambda other: other.cost.total(months) <= most_cost)
         found.append(
             f"it would cost ${cost:,.2f} (computing ${plan.cost.compute:,.2f}, requests ${plan.cost.requests:,.2f}, "
             f"{months:g} month(s) of storage ${plan.cost.month * months:,.2f}), budget.max_cost is "
-            f"${budget.max_cost:,.2f}; {_fewer_rows(plan, budget.max_cost / cost)}, or raise budget.max_cost"
+            f"${most_cost:,.2f}; {fewer}, or raise budget.max_cost"
         )
     return found
 
 
-def _fewer_rows(plan: Estimate, share: float) -> str:
-    """Name the most rows that a share of the size or cost buys, in whole shards where that is at least one."""
-    n_rows = int(plan.sizes.n_rows.get("train", 0) * share)
-    whole = n_rows // plan.spec.rows_per_shard * plan.spec.rows_per_shard
-    if whole:
-        return f"max_rows = {whole:_} fits"
+def _fewer_rows(plan: Estimate, fits: Callable[[Estimate], bool]) -> str:
+    """Name the most rows that fit, in whole shards where that is at least one.
+
+    Plans of fewer rows are made until it is found: neither sizes nor costs grow in proportion.
+    """
+    n_rows, per_shard = plan.sizes.n_rows.get("train", 0), plan.spec.rows_per_shard
+    whole = n_rows > per_shard and fits(_of_rows(plan, per_shard))
+    step = per_shard if whole else 1
+    low, high = 0, -(-n_rows // step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(_of_rows(plan, middle * step)):
+            low = middle
+        else:
+            high = middle
     # Of a part of a shard, what does not grow with the rows is more.
-    if (fewer := int(n_rows * 0.9)) < 1:
-        return "no row fits: take fewer hook points"
-    return f"max_rows = {fewer:_} fits"
+    fewer = low * step if whole else int(low * 0.9)
+    return f"max_rows = {fewer:_} fits" if fewer else "no row fits: take fewer hook points"
+
+
+def _of_rows(plan: Estimate, n_rows: int) -> Estimate:
+    """Return the plan of the same job with fewer rows."""
+    share = n_rows / plan.sizes.n_rows["train"]
+    left = plan.setting.n_rows_left
+    setting = replace(plan.setting, n_rows_left=None if left is None else round(left * share))
+    return estimate(plan.job, plan.spec, plan.shape, plan.workload.scaled(share), setting)
 
 
 def _over_memory(plan: Estimate) -> list[str]:
@@ -68,17 +91,41 @@ def _smaller_shard(plan: Estimate) -> str:
     memory, machine = plan.memory, plan.setting.machine
     n_shards = min(SHARDS_IN_FLIGHT, plan.sizes.n_shards)
     left = machine.memory // plan.n_workers - (memory.host - memory.shard)
-    if plan.passes.n > 1 and (fitting := left // n_shards >> 20) > 0:
+    if plan.passes.n > 1 and (fitting := left // n_shards >> 20) > 0 and _fits_in_passes(plan, fitting << 20):
         return f"layout.shard_memory = '{fitting}MiB' fits, with more passes"
-    n_rows = left // (n_shards * plan.spec.nbytes_per_row)
-    if n_rows >= 1:
-        held = ""
-        if n_shards > 1 and memory.shard // n_shards <= left:
-            held = f"that is room for one shard, a worker has {n_shards} in the making: "
-        return f"{held}layout.rows_per_shard = {1 << (n_rows.bit_length() - 1):_} fits"
+    for other in _smaller(plan):
+        if other.host_memory <= machine.memory:
+            held = ""
+            if n_shards > 1 and memory.shard // n_shards <= left:
+                held = f"that is room for one shard, a worker has {n_shards} in the making: "
+            return f"{held}layout.rows_per_shard = {other.spec.rows_per_shard:_} fits"
     if (fewer := machine.memory // memory.host) >= 1:
         return f"run.workers = {fewer} fits"
     return "take a machine with more memory, a smaller model or fewer hook points"
+
+
+def _fits_in_passes(plan: Estimate, shard_memory: int) -> bool:
+    job = replace(plan.job, layout=replace(plan.job.layout, shard_memory=shard_memory))
+    try:
+        other = estimate(job, plan.spec, plan.shape, plan.workload, plan.setting)
+    except BadInputError:
+        return False  # Not even one hook point has room.
+    return other.host_memory <= plan.setting.machine.memory
+
+
+def _smaller(plan: Estimate) -> Iterator[Estimate]:
+    """Yield the plan with shards of fewer and fewer rows, powers of two."""
+    n_rows = 1 << (plan.spec.rows_per_shard - 1).bit_length()
+    while (n_rows := n_rows // 2) >= 1:
+        spec = replace(
+            plan.spec,
+            rows_per_shard=n_rows,
+            rows_per_block=math.gcd(plan.spec.rows_per_block, n_rows),
+            hook_points=tuple(
+                replace(point, rows_per_chunk=math.gcd(point.rows_per_chunk, n_rows)) for point in plan.spec.hook_points
+            ),
+        )
+        yield estimate(plan.job, spec, plan.shape, plan.workload, plan.setting)
 
 
 def _fitting_gpus(plan: Estimate) -> str:

@@ -1,7 +1,8 @@
 """How many tokens a job runs for how many rows: from its corpus where there is one, else from what is known."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +35,16 @@ class Workload:
     def n_run(self) -> int:
         """All token positions that go through the model."""
         return self.n_tokens + self.n_straddling + self.n_padding
+
+    def scaled(self, share: float) -> "Workload":
+        """Return the work for a share of the rows."""
+        return replace(
+            self,
+            n_rows={split: math.ceil(n * share) for split, n in self.n_rows.items()},
+            n_tokens=round(self.n_tokens * share),
+            n_straddling=round(self.n_straddling * share),
+            n_padding=round(self.n_padding * share),
+        )
 
 
 def of_corpus(job: Job, spec: DatasetSpec, corpus: Corpus) -> Workload:

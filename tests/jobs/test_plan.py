@@ -385,6 +385,30 @@ def test_too_little_memory_is_refused_with_the_largest_shard_that_fits() -> None
     check(made(job_of(plan=small, layout=LayoutOptions(rows_per_shard=16_384))))
 
 
+@pytest.mark.parametrize("gib", [100, 200, 420])
+def test_where_weights_on_their_way_bind_fewer_workers_are_named(gib: int) -> None:
+    """No shard of a 27B model takes more memory of its worker than its weights do as they are loaded."""
+    job = job_of("google/gemma-3-27b-pt", plan=replace(ON_GCS, memory=gib * 2**30))
+    with pytest.raises(JobFileError, match=r"run.workers = (\d) fits$") as refused:
+        check(made(job))
+    n_workers = int(str(refused.value).split("run.workers = ")[1][0])
+    check(made(replace(job, run=replace(job.run, workers=n_workers))))
+    with pytest.raises(JobFileError, match=f"run.workers = {n_workers} fits"):
+        check(made(replace(job, run=replace(job.run, workers=n_workers + 1))))
+
+
+@pytest.mark.parametrize("max_cost", [1_000, 100, 2])
+def test_a_bucket_that_warms_up_counts_in_the_rows_that_are_named(max_cost: float) -> None:
+    job = job_of(max_rows=8_000_000_000, plan=replace(ON_GCS, machines=32, months=0.0))
+    job = replace(job, budget=BudgetOptions(max_cost=max_cost))
+    with pytest.raises(JobFileError, match=r"max_rows = [\d_]+ fits") as refused:
+        check(made(job))
+    n_rows = int(str(refused.value).split("max_rows = ")[1].split(" ")[0])
+    check(made(replace(job, max_rows=n_rows)))
+    with pytest.raises(JobFileError):
+        check(made(replace(job, max_rows=n_rows + 2 * 131_072)))
+
+
 def test_where_one_shard_fits_and_two_do_not_the_advice_says_so() -> None:
     layout = LayoutOptions(rows_per_shard=65_536)
     plan = made(job_of(layout=layout))
