@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 #: What may happen to a request. ``429`` to ``504``: refused, not forwarded. ``late``: held ``latency_s``. ``reset``:
 #: the connection is reset in the middle of the answer; ``lost``: after the work is done, before the answer.
 #: ``truncate``: it ends in the middle. ``flip``: one bit of the answer's body is another; ``flip_upload``: of the
-#: request's. ``stall``: nothing more comes for ``stall_s``. ``twice``: the request is carried out twice. ``stale``: a
-#: listing is answered as the last time.
+#: request's. ``stall``: nothing more comes for ``stall_s``; ``trickle``: a byte every 50 ms. ``twice``: the request
+#: is carried out twice. ``stale``: a listing is answered as the last time.
 KINDS = [
     "429",
     "500",
@@ -32,6 +32,7 @@ KINDS = [
     "flip",
     "flip_upload",
     "stall",
+    "trickle",
     "twice",
     "stale",
 ]
@@ -55,11 +56,23 @@ class Faults:
     at_most: int | None = None
     done: Counter[str] = field(default_factory=Counter)
     n_requests: int = 0
+    n_now: int = 0
+    most_at_once: int = 0
 
     def __post_init__(self) -> None:
         if unknown := set(self.rates).difference(KINDS):
             raise ValueError(f"no such faults: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
         self.random = random.Random(self.seed)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count a request for as long as it takes."""
+        self.n_now += 1
+        self.most_at_once = max(self.most_at_once, self.n_now)
+        try:
+            yield
+        finally:
+            self.n_now -= 1
 
     def draw(self, line: bytes) -> str:
         """Return what happens to the request of this line; "" for nothing."""
@@ -109,7 +122,9 @@ class _Proxy:
                 if request.header(b"expect").lower() == b"100-continue":
                     back.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await _read_body(client, request)
-                if not await self._answer(request, back):
+                with self._faults.counting():
+                    goes_on = await self._answer(request, back)
+                if not goes_on:
                     break
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # Clients hang up when they are done, or have waited long enough; the proxy's end cancels the rest.
@@ -155,6 +170,12 @@ class _Proxy:
                 back.transport.abort()
             return False
         back.write(head)
+        if fault == "trickle":
+            for start in range(len(body)):
+                back.write(body[start : start + 1])
+                await back.drain()
+                await asyncio.sleep(0.05)
+            return False
         for start in range(0, len(body), _CHUNK):
             back.write(body[start : start + _CHUNK])
             await back.drain()

@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from threading import BoundedSemaphore
 from typing import Any, Protocol
@@ -48,9 +49,7 @@ class FsspecClient:
         self.fs = open_file_system(protocol, options, limits)
         self._protocol, self._limits = protocol, limits
         # Stores of one place share fsspec's file system, and its connections.
-        self._slots: BoundedSemaphore = vars(self.fs).setdefault(
-            "_actlake_slots", BoundedSemaphore(limits.max_requests)
-        )
+        self.slots: BoundedSemaphore = vars(self.fs).setdefault("_actlake_slots", BoundedSemaphore(limits.max_requests))
 
     def read(self, path: str) -> bytes:
         return bytes(self.call("cat_file", path))
@@ -115,7 +114,7 @@ class FsspecClient:
 
     def call(self, name: str, *args: Any, nbytes: int = 0, **kwargs: Any) -> Any:
         """Call a method of the file system, within the deadline of a call that carries so many bytes."""
-        with self._slots:
+        with self.slots:
             if not isinstance(self.fs, AsyncFileSystem):
                 return getattr(self.fs, name)(*args, **kwargs)
             seconds = self._limits.deadline(nbytes)
@@ -195,9 +194,11 @@ def _retrying(
     """Return a client's request, tried as the limits say where it fails for a while or takes too long."""
 
     async def retry(*args: Any, **kwargs: Any) -> Any:
-        # No time-out of aiohttp notices an upload that nobody takes. ``data`` is gcsfs's name for it, ``Body`` S3's.
+        # No time-out of aiohttp notices an upload that nobody takes, or a range that comes byte by byte. ``data`` is
+        # gcsfs's name for a body, ``Body`` S3's; gcsfs's request ends with the answer's last byte, S3's with its head.
         data = kwargs.get("data", kwargs.get("Body"))
-        seconds = limits.attempt(len(data)) if isinstance(data, bytes | memoryview) else None
+        nbytes = len(data) if isinstance(data, bytes | memoryview) else _range_nbytes(kwargs.get("headers"))
+        seconds = None if nbytes is None else limits.attempt(nbytes)
         for attempt in range(limits.attempts):
             if "data" in kwargs and isinstance(data, bytes | memoryview):
                 # aiohttp sends a file in pieces, and holds up all other requests while it sends bytes.
@@ -211,6 +212,12 @@ def _retrying(
         raise AssertionError("there is at least one attempt")
 
     return retry
+
+
+def _range_nbytes(headers: Mapping[str, str] | None) -> int | None:
+    """Return the bytes of the range that a request's headers ask for; None without one, or to the end."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", (headers or {}).get("Range", ""))
+    return None if found is None else int(found[2]) + 1 - int(found[1])
 
 
 def _is_past_the_end(error: Exception) -> bool:

@@ -304,7 +304,9 @@ class Corpus:
             check_footer(file.metadata, n_rows=8 * len(data))
             if (file.schema_arrow.metadata or {}).get(b"corpus_id") != self.corpus_id.encode():
                 return None
-            return RowIndex(file.read()["first_row"].to_numpy())
+            table = file.read()
+            require_whole(table, len(table))
+            return RowIndex(table["first_row"].to_numpy())
 
     def _file(self, key: str, schema: pa.Schema) -> pq.ParquetFile:
         if key not in self._open_files:

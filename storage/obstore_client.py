@@ -6,6 +6,7 @@ Its options are made of those that fsspec's clients take, so that one set of sto
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -17,18 +18,22 @@ _owner: int | None = None
 
 
 class ObstoreReader:
-    """Objects of one bucket, by their whole path ``bucket/key``; thread-safe."""
+    """Objects of one bucket, by their whole path ``bucket/key``; thread-safe. A call holds one of ``slots``."""
 
-    def __init__(self, store: Any, bucket: str) -> None:
+    def __init__(self, store: Any, bucket: str, slots: AbstractContextManager[Any]) -> None:
         import obstore
 
-        self._obstore, self._store, self._skip = obstore, store, len(bucket) + 1
+        self._obstore, self._store, self._skip, self._slots = obstore, store, len(bucket) + 1, slots
 
     def read(self, path: str) -> memoryview:
-        return memoryview(self._obstore.get(self._store, path[self._skip :]).bytes())
+        with self._slots:
+            return memoryview(self._obstore.get(self._store, path[self._skip :]).bytes())
 
     def read_range(self, path: str, start: int, stop: int) -> memoryview:
-        key = path[self._skip :]
+        with self._slots:
+            return self._read_range(path[self._skip :], start, stop)
+
+    def _read_range(self, key: str, start: int, stop: int) -> memoryview:
         if start < 0:
             nbytes = self._obstore.head(self._store, key)["size"]
             start, stop = max(0, nbytes + start), nbytes
@@ -46,8 +51,12 @@ class ObstoreReader:
             return memoryview(b"")
 
 
-def open_reader(protocol: str, root: str, options: Mapping[str, Any], limits: Limits) -> ObstoreReader | None:
-    """Return the reader of a bucket; None in a fork of a process that used obstore, whose threads it lacks.
+def open_reader(
+    protocol: str, root: str, options: Mapping[str, Any], limits: Limits, slots: AbstractContextManager[Any]
+) -> ObstoreReader | None:
+    """Return the reader of a bucket, whose calls hold ``slots``.
+
+    None in a fork of a process that used obstore, whose threads it lacks.
 
     Raises ``MissingExtraError`` without obstore, ``BadInputError`` for a protocol or an option that it does not know.
     """
@@ -76,7 +85,7 @@ def open_reader(protocol: str, root: str, options: Mapping[str, Any], limits: Li
             "backoff": {"init_backoff": timedelta(seconds=limits.wait_s), "max_backoff": timedelta(seconds=30)},
         },
     }
-    return ObstoreReader(_MAKERS[protocol](stores, bucket, _Options(options), common), bucket)
+    return ObstoreReader(_MAKERS[protocol](stores, bucket, _Options(options), common), bucket, slots)
 
 
 class _Options(dict[str, Any]):

@@ -75,7 +75,7 @@ class Store:
             return client
         from actlake.storage.obstore_client import open_reader
 
-        return open_reader(self.protocol, self.root, self._client_options, self.limits) or client
+        return open_reader(self.protocol, self.root, self._client_options, self.limits, client.slots) or client
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:

@@ -107,6 +107,25 @@ def test_a_read_that_stalls_is_begun_again(servers: Servers, kind: str) -> None:
     assert faults.done["stall"] == 2
 
 
+def test_a_read_that_trickles_is_begun_again(servers: Servers) -> None:
+    faults = Faults(rates={"trickle": 1.0}, only="^GET", at_most=2)
+    with behind(servers, "gs", faults, stall_s=0.5, bytes_per_s=1e7) as (plain, store):
+        plain.write("x", data := bytes(range(256)) * 400)
+        assert store.read_range("x", 0, len(data)) == data
+    assert faults.done["trickle"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_more_requests_are_under_way_than_may_be(servers: Servers, kind: str) -> None:
+    faults = Faults(rates={"late": 1.0}, latency_s=0.05, only="^GET")
+    with behind(servers, kind, faults, max_requests=2) as (plain, store):
+        plain.write("x", data := bytes(range(256)) * 4)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda start: store.read_range("x", start, 1024), range(16)))
+    assert found == [data[start:] for start in range(16)]
+    assert faults.most_at_once == 2
+
+
 @pytest.mark.parametrize("kind", ["gs", "s3"])
 @pytest.mark.parametrize("fault", ["stall", "503"])
 @pytest.mark.parametrize("call", ["write", "read", "names"])
