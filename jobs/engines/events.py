@@ -58,6 +58,11 @@ class ShardAbandoned:
 Event = WorkersReady | ShardStarted | RowsCaptured | ShardCommitted | ShardRetried | ShardAbandoned
 
 
+def after_first(first: Exception | None, error: ActlakeError) -> ActlakeError:
+    """Return the error that ended an attempt, naming the one that the shard had raised before, if any."""
+    return error if first is None else type(error)(f"{error}; at first it raised {type(first).__name__}: {first}")
+
+
 def raise_unable(error: Exception) -> NoReturn:
     """Raise what kept a worker from starting, as one of our errors: torch has its own for want of GPU memory."""
     if isinstance(error, ActlakeError):

@@ -18,6 +18,7 @@ from actlake.jobs.engines.events import (
     ShardRetried,
     ShardStarted,
     WorkersReady,
+    after_first,
     raise_unable,
 )
 from actlake.jobs.engines.local_processes import Handle, Here, Process, gpu_groups
@@ -177,7 +178,7 @@ class _Pool:
         lost, member.building = list(member.building.values()), {}
         for one in lost:
             one.n_deaths += 1
-            yield self._again(one, error, self._suspects, one.n_deaths < DEATHS)
+            yield self._again(one, after_first(one.error, error), self._suspects, one.n_deaths < DEATHS)
         self._start(member)
         yield self._ready()
 

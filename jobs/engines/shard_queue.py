@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from actlake.jobs.engines.events import ShardAbandoned, ShardRetried
+from actlake.jobs.engines.events import ShardAbandoned, ShardRetried, after_first
 from actlake.jobs.work import Task
-from actlake.storage.errors import WorkerLostError
+from actlake.storage.errors import ActlakeError, WorkerLostError
 
 #: Processes that may die while they build a shard.
 MOST_DEATHS = 3
@@ -112,5 +112,5 @@ class ShardQueue:
         return ShardRetried(task=one.task, error=error)
 
 
-def _gave_up(one: Try, why: str, times: int) -> WorkerLostError:
-    return WorkerLostError(why if times < 2 else f"{why} ({times} times in all)")
+def _gave_up(one: Try, why: str, times: int) -> ActlakeError:
+    return after_first(one.error, WorkerLostError(why if times < 2 else f"{why} ({times} times in all)"))

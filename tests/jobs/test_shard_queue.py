@@ -53,6 +53,15 @@ def test_a_shard_is_given_up_with_its_first_error_after_so_many_attempts() -> No
     assert queue.is_empty
 
 
+def test_what_a_shard_raised_first_is_named_where_its_workers_die_later() -> None:
+    queue = ShardQueue(tasks(1), attempts=9)
+    queue.failed(taken(queue), A, OSError("no room"))
+    events = [queue.lost(taken(queue, B), B, Loss.PROCESS, "host") for _ in range(MOST_DEATHS)]
+    assert isinstance(events[-1], ShardAbandoned)
+    assert isinstance(events[-1].error, WorkerLostError)
+    assert str(events[-1].error).endswith(f"({MOST_DEATHS} times in all); at first it raised OSError: no room")
+
+
 def test_lost_nodes_and_dead_processes_are_no_attempts_and_counted_apart() -> None:
     queue = ShardQueue(tasks(1), attempts=1)
     for _ in range(MOST_NODES - 1):
