@@ -113,10 +113,13 @@ class _Proxy:
     def __init__(self, target: int, faults: Faults) -> None:
         self._target, self._faults = target, faults
         self._listings: dict[bytes, tuple[bytes, bytes]] = {}
+        # The loop has weak references alone: of a client that hung up the task could be collected as it waits.
+        self._serving: set[asyncio.Task[None] | None] = set()
         self.port = 0
 
     async def serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         """Answer the requests of one connection."""
+        self._serving.add(task := asyncio.current_task())
         try:
             while (request := await _read_head(client)) is not None:
                 if request.header(b"expect").lower() == b"100-continue":
@@ -130,6 +133,7 @@ class _Proxy:
             pass  # Clients hang up when they are done, or have waited long enough; the proxy's end cancels the rest.
         finally:
             back.close()
+            self._serving.discard(task)
 
     async def _answer(self, request: _Message, back: asyncio.StreamWriter) -> bool:
         """Answer one request; say whether the connection goes on."""

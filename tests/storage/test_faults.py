@@ -1,6 +1,7 @@
 """Stores that misbehave, through a proxy on the loopback: nothing is lost, nothing hangs, nothing wrong is taken."""
 
 import base64
+import gc
 import itertools
 import pickle
 import socket
@@ -308,6 +309,17 @@ def look(ds: actlake.ActivationDataset) -> dict[str, Any]:
     """Return the rows and the means of the hook points."""
     rows = {point: bits(ds[point][:]).tobytes() for point in POINTS}
     return rows | {f"mean {point}": ds.statistics(point).mean.tobytes() for point in POINTS}
+
+
+def test_the_proxy_ends_what_a_client_has_left(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, proxy(silent.getsockname()[1], Faults()) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /x HTTP/1.1\r\n\r\n")
+            server, _ = silent.accept()
+        with server:
+            time.sleep(0.2)
+            gc.collect()
+    assert not caplog.records
 
 
 # --- settings ---
