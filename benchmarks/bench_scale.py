@@ -10,7 +10,7 @@ of its own whose CPU time and peak memory are the driver's alone:
 - commit: the same, with commits and their compaction beside it;
 - compact: the groups of these commits once more, from a listing, as the end of a run does where none was written;
 - finish: the end of a run of that size whose groups are compacted: index and totals;
-- resume: what is missing where every second shard is committed, as a killed run leaves it: the first half of the
+- resume: what is missing where half of the shards are committed, as a killed run leaves it: the first half of the
   groups compacted, and 1,023 commits of the next one.
 
 Dispatch and commit hand out the first ``--handed`` shards at most, of a plan of the whole size: their memory is that of
