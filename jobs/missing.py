@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from actlake.jobs.work import Task, split_store
+from actlake.storage.groups import commit_groups, compacted_groups
 from actlake.storage.header import Header
 from actlake.storage.manifest import Manifest
 from actlake.storage.rowspace import RowSpace
 from actlake.storage.stores import Store
 from actlake.storage.summaries import drop_stale_groups
+from actlake.storage.whole_commits import whole_commits
 
 I64 = npt.NDArray[np.int64]
 
@@ -66,6 +68,13 @@ class MissingShards:
 def _missing(store: Store, header: Header) -> SplitShards:
     drop_stale_groups(store)
     # Records of another dataset count for nothing: someone put another spec in their place.
-    manifest = Manifest.load(store, header.n_rows, also=["dataset_id"])
+    dataset_id, also = header.spec.dataset_id, ["dataset_id"]
     space = header.spec.row_space(header.n_rows)
-    return SplitShards(space=space, shards=manifest.missing_numbers(space, header.spec.dataset_id))
+    manifest = Manifest.load_finished(store, header.n_rows, also)
+    if manifest is not None:
+        return SplitShards(space=space, shards=manifest.missing_numbers(space, dataset_id))
+    compacted = compacted_groups(store)
+    shards = Manifest.of_groups(store, compacted, also).missing_numbers(space, dataset_id)
+    loose = sorted(set(commit_groups(store)).difference(compacted))
+    whole = whole_commits(store, loose, space, dataset_id)
+    return SplitShards(space=space, shards=np.setdiff1d(shards, whole, assume_unique=True))

@@ -83,17 +83,28 @@ class Manifest:
 
         The columns in ``also`` are read in the same go.
         """
+        found = cls.load_finished(store, n_rows, also)
+        return cls.load_listed(store, also) if found is None else found
+
+    @classmethod
+    def load_finished(cls, store: Store, n_rows: int | None = None, also: Sequence[str] = ()) -> Self | None:
+        """Read what ``root.json`` counts, without a listing; None where it is not there, or not true."""
         root = read_root(store)
-        if root is not None and n_rows is not None and root["n_rows"] != n_rows:
-            # Left by a run that planned fewer rows and ended after another had planned more.
-            root = None
+        if root is None or (n_rows is not None and root["n_rows"] != n_rows):
+            # Other rows were left by a run that planned fewer and ended after another had planned more.
+            return None
         # One listing: of the last group, the only one that is not compacted.
-        if root is not None and not short_groups(store, root):
-            try:
-                return cls(_finished_parts(store, root), root.get("nbytes_by_array"), also)
-            except NotFoundError:
-                pass  # A commit that the totals count is gone, as after a repair: what is there is the answer.
-        return cls.load_listed(store, also)
+        if short_groups(store, root):
+            return None
+        try:
+            return cls(_finished_parts(store, root), root.get("nbytes_by_array"), also)
+        except NotFoundError:
+            return None  # A commit that the totals count is gone, as after a repair: what is there is the answer.
+
+    @classmethod
+    def of_groups(cls, store: Store, groups: Iterable[int], also: Sequence[str] = ()) -> Self:
+        """Read compacted groups alone, ascending."""
+        return cls([GroupFile(store, group) for group in groups], also=also)
 
     @classmethod
     def load_listed(cls, store: Store, also: Sequence[str] = ()) -> Self:

@@ -424,6 +424,7 @@ def test_bench_scale_measures_every_phase(
         ("finish", 3100): 3100,
         ("resume", 1100): 550,
         ("resume", 3100): 3100 - 1024 - 1023,
+        **{("resume-every-second", size): size // 2 for size in (1100, 3100)},
     }
     assert list((tmp_path / "at").iterdir()) == []
 
