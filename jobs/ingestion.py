@@ -93,14 +93,16 @@ def _ingest(job: Job, engine: str, address: str | None, hear: Listener, part: Sl
         if not failed:
             raise
         # Most often one cause, such as a full disk, and the shards are what has to be named.
-        raise ShardFailedError(f"{_told(failed, ready)}\nthe summaries were not written either: {error}") from error
+        raise _failed(failed, ready, f"\nthe summaries were not written either: {error}") from error
     if failed:
-        raise ShardFailedError(_told(failed, ready))
+        raise _failed(failed, ready)
     return report
 
 
-def _told(failed: Failures, ready: Ready) -> str:
-    return failed.text(ready.plan.headers, ready.plan.n_shards, ready.corpus)
+def _failed(failed: Failures, ready: Ready, also: str = "") -> ShardFailedError:
+    headers, corpus = ready.plan.headers, ready.corpus
+    text = failed.text(headers, ready.plan.n_shards, corpus)
+    return ShardFailedError(text + also, lambda: failed.described(headers, corpus))
 
 
 def _work_order(job: Job, store: Store, corpus: Corpus, model: ModelRef, plan: Plan) -> WorkOrder:

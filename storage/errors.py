@@ -6,7 +6,7 @@ Every message names the thing and says what to do next.
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -106,7 +106,11 @@ class WorkerLostError(ActlakeError):
 
 
 class ShardFailedError(ActlakeError):
-    """One or more shards could not be built; the others were finished."""
+    """One or more shards could not be built; the others were finished. ``failed()`` describes each as JSON values."""
+
+    def __init__(self, text: str, failed: Callable[[], list[dict[str, Any]]] = list) -> None:
+        super().__init__(text)
+        self.failed = failed
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

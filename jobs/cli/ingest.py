@@ -10,7 +10,7 @@ from rich.table import Table
 
 from actlake.jobs.cli.app import ERRORS, OUT, app
 from actlake.jobs.units import count_of, format_nbytes
-from actlake.storage.errors import BadInputError
+from actlake.storage.errors import BadInputError, ShardFailedError
 
 if TYPE_CHECKING:
     from actlake.ingest.models import ModelShape
@@ -33,7 +33,7 @@ def ingest(
             help="With --engine local: build this part of the shards, e.g. 3/8; several processes build one dataset.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report, or all failed shards, as JSON.")] = False,
 ) -> None:
     """Build what is missing of a job's dataset: corpus, then shards. Run it again after any interruption."""
     from actlake.jobs import ingestion
@@ -43,8 +43,13 @@ def ingest(
 
     chosen = None if part is None else Slice.parse(part)
     checked = read_job(job)
-    with listening(ERRORS if as_json else OUT, checked) as listener:
-        report = ingestion.ingest(checked, engine=engine, address=address, listener=listener, part=chosen)
+    try:
+        with listening(ERRORS if as_json else OUT, checked) as listener:
+            report = ingestion.ingest(checked, engine=engine, address=address, listener=listener, part=chosen)
+    except ShardFailedError as error:
+        if as_json:
+            typer.echo(json.dumps({"dataset": checked.dataset, "failed": error.failed()}, indent=1))
+        raise
     if as_json:
         typer.echo(json.dumps(vars(report), indent=1))
         return

@@ -96,6 +96,33 @@ def test_a_shard_that_cannot_be_built_gives_exit_code_1(write_job: Write, monkey
     assert "OSError: planted" in result.output
 
 
+def test_every_failed_shard_is_named_with_rows_documents_and_error(
+    write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actlake.ingest.build import ShardBuilder
+    from actlake.jobs import failures
+
+    def failing(_: Any, shard: int, *others: Any) -> None:
+        raise OSError(f"planted in {shard}")
+
+    monkeypatch.setattr(ShardBuilder, "build", failing)
+    job = write_job()
+    result = run("ingest", job, "--engine", "local", "--json")
+    assert result.exit_code == 1
+    said = json.loads(result.stdout)
+    assert said["dataset"] == read_job(job).dataset
+    named = {(shard["split"], shard["shard"]): shard for shard in said["failed"]}
+    assert len(named) == len(said["failed"]) == 8
+    one = named["train", 2]
+    assert (one["first_row"], one["n_rows"], one["error"]) == (256, 128, "OSError: planted in 2")
+    assert one["n_sequences"] > 1
+    assert len(one["documents"]) == 2
+    monkeypatch.setattr(failures, "_NAMED", 3)
+    text = run("ingest", job, "--engine", "local").output
+    assert text.count("OSError: planted in") >= 3
+    assert "and 5 more; with --json all are named" in text
+
+
 def test_init_writes_a_job_that_parses_and_is_not_overwritten(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "new.toml"
     assert run("init", tiny_model, "-o", path).exit_code == 0
