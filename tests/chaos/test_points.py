@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chaos.campaign import Driver, Run, World, marked, parent_of, wait_until
-from chaos.nodes import Nodes
+from chaos.nodes import QUICK, Nodes
 from chaos.site.planted import POINTS
 
 #: Whom to kill when a process of a driver's run is at a point.
@@ -17,8 +17,14 @@ Victims = Callable[[int, Driver], Sequence[int]]
 HALVES = pytest.mark.parametrize("points", [POINTS[:2], POINTS[2:]], ids=["objects", "commit"])
 
 
-#: Five minutes each on two cores.
 LONG = pytest.mark.skipif("ACTLAKE_CHAOS" not in os.environ, reason="takes minutes: 'make chaos' runs it")
+
+
+#: Every kill of a driver or of all Ray costs the start of another, so that half of the points is for 'make chaos'.
+IN_TURN = pytest.mark.parametrize(
+    "points",
+    [pytest.param(POINTS[1::2], id="stored"), pytest.param(POINTS[::2], id="about-to", marks=LONG)],
+)
 
 
 def disturb(
@@ -86,14 +92,14 @@ def test_the_driver_of_two_worker_processes(world: World, tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """A head that takes no work, and one node that does."""
-    with Nodes(tmp_path_factory.mktemp("nodes")) as started:
+    with Nodes(tmp_path_factory.mktemp("nodes"), QUICK) as started:
         started.start_head()
         started.start_node()
         yield started
 
 
 def on(nodes: Nodes, world: World, folder: Path) -> Run:
-    return Run(world, folder, engine="ray", address=nodes.address, points=nodes.points)
+    return Run(world, folder, engine="ray", address=nodes.address, points=nodes.points, environment=QUICK)
 
 
 @pytest.mark.slow
@@ -102,15 +108,14 @@ def test_a_worker_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Seq
     disturb(on(nodes, world, tmp_path), worker, points)
 
 
-@LONG
 @pytest.mark.slow
-def test_the_driver_on_ray(nodes: Nodes, world: World, tmp_path: Path) -> None:
-    disturb(on(nodes, world, tmp_path), only_driver)
+@IN_TURN
+def test_the_driver_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
+    disturb(on(nodes, world, tmp_path), only_driver, points)
 
 
-@LONG
 @pytest.mark.slow
-@HALVES
+@IN_TURN
 def test_a_whole_node_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
     def raylet(pid: int, driver: Driver) -> Sequence[int]:
         found = parent_of(pid)
@@ -120,9 +125,9 @@ def test_a_whole_node_on_ray(nodes: Nodes, world: World, tmp_path: Path, points:
     disturb(on(nodes, world, tmp_path), raylet, points, nodes.start_node)
 
 
-@LONG
 @pytest.mark.slow
-def test_everything_on_ray(world: World, tmp_path: Path) -> None:
+@IN_TURN
+def test_everything_on_ray(world: World, tmp_path: Path, points: Sequence[str]) -> None:
     """Ray is the driver's own here, started and stopped with it."""
     run = Run(world, tmp_path, engine="ray")
 
@@ -132,4 +137,4 @@ def test_everything_on_ray(world: World, tmp_path: Path) -> None:
         assert driver.pid in found
         return list(found)
 
-    disturb(run, everything, mend=lambda: wait_until(lambda: not marked(run.points), 30, "the end of Ray"))
+    disturb(run, everything, points, mend=lambda: wait_until(lambda: not marked(run.points), 30, "the end of Ray"))
