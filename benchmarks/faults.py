@@ -45,7 +45,8 @@ _CHUNK = 1 << 18
 class Faults:
     """What the proxy does: ``rates`` gives the share of the requests that suffer a kind.
 
-    ``only`` is a regular expression that a request's line has to match; at most ``at_most`` faults happen.
+    ``only`` is a regular expression that a request's line has to match; at most ``at_most`` faults happen. Requests are
+    counted, and the bytes of the answers' bodies.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Faults:
     at_most: int | None = None
     done: Counter[str] = field(default_factory=Counter)
     n_requests: int = 0
+    nbytes: int = 0
     n_now: int = 0
     most_at_once: int = 0
 
@@ -154,6 +156,7 @@ class _Proxy:
             await back.drain()
             return True
         answer = await self._forward(request)
+        self._faults.nbytes += len(answer.body)
         if _LISTING.search(request.line):
             self._listings[request.line] = answer.head(len(answer.body)), answer.body
         return await self._pass(answer, fault, request.line.startswith(b"HEAD"), back)

@@ -78,11 +78,19 @@ def plan(
     if release is not None and job is not None:
         raise BadInputError(f"{job} or --release {release}: a plan is of a job or of a release; leave one of them out")
     if release is not None:
+        _refuse_of_jobs({"--sample": sample, "--offline": offline, "--by-layer": by_layer})
         _plan_release(asked, release, round(tokens_base), round(tokens_chat), dtype)
     elif job is not None:
         _plan_job(asked, job, sample=sample, offline=offline, by_layer=by_layer)
     else:
         raise BadInputError("give a job file, or --release gemma-scope-2")
+
+
+def _refuse_of_jobs(options: Mapping[str, Any]) -> None:
+    if given := [name for name, value in options.items() if value]:
+        raise BadInputError(
+            f"{', '.join(given)}: for the plan of a job; leave it out with --release, or give a job file instead"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

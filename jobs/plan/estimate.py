@@ -124,9 +124,11 @@ class Estimate:
         if self.spec.rows_per_shard >= FEW_ROWS or self.job.layout.rows_per_shard is not None:
             return None
         try:
-            return self.passes_at(FEW_ROWS)
+            passes = self.passes_at(FEW_ROWS)
         except BadInputError:
             return None
+        # One pass would have made shards of that size already, had there been rows for them.
+        return passes if passes.n > 1 else None
 
 
 def workers_of(job: Job, machine: Machine) -> int:

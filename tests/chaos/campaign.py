@@ -246,7 +246,7 @@ class Run:
             'hook_points = ["layers.*.resid_post", "layers.1.attn_z"]\nmax_rows = 700\n'
             f'[capture]\nbatch_tokens = 256\n[corpus]\nsources = ["{self.world.texts}/*.txt"]\ncontext_length = 32\n'
             f'holdout = 0.2\n[layout]\nrows_per_shard = 128\nrows_per_chunk = 32\ncodec = "{codec}"\n'
-            f"[run]\nthreads = 1\nattempts = 4\nworkers = {self.workers}\n" + _toml("storage_options", options)
+            f"[run]\nthreads = 1\nattempts = 4\nworkers = {self.workers}\n" + toml_table("storage_options", options)
         )
 
     @property
@@ -397,9 +397,9 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _toml(name: str, table: Mapping[str, Any]) -> str:
+def toml_table(name: str, table: Mapping[str, Any]) -> str:
     """Return a table of strings, numbers and tables as TOML."""
     scalars = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
     text = f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in scalars.items()) if table else ""
-    inner = [_toml(f"{name}.{key}", value) for key, value in table.items() if isinstance(value, Mapping)]
+    inner = [toml_table(f"{name}.{key}", value) for key, value in table.items() if isinstance(value, Mapping)]
     return text + "".join(inner)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos.campaign import Run, World, parent_of, wait_until
+from chaos.campaign import MARK, SITE, Fresh, Run, World, parent_of, wait_until
 from chaos.nodes import QUICK, Nodes, free_port
 from chaos.site.planted import AFTER_COMMIT, BETWEEN_OBJECTS
 from chaos.test_bad_stores import downloaded
 from emulators import running, s3_options
+from integration.demo_job import N_ROWS, write_demo_job
 from runs import contents
 
 import actlake
@@ -194,6 +195,23 @@ def test_two_hosts_build_one_dataset(site: Site, world: World, tmp_path: Path) -
     run.finish(driver)
     ds = require_whole(site, world, tmp_path)
     assert set(ds.manifest["host"].to_pylist()) == {site.a.name, site.b.name}
+
+
+@pytest.mark.timeout(1500)
+def test_two_hosts_build_the_whole_demo(site: Site, gemma_270m: Path, demo_on_gcs: Store, tmp_path: Path) -> None:
+    place = site.store.child("demo")
+    job = write_demo_job(tmp_path, place.url, {**place.options, "stall_s": 60.0, "attempts": 5})
+    environment = {MARK: str(site.points["a"]), "PYTHONPATH": str(SITE), **QUICK}
+    arguments = ["ingest", str(job), "--engine", "ray", "--address", site.nodes.address]
+    driver = Fresh(arguments, environment, tmp_path / "log", *site.a.inside)
+    assert driver.wait(900) == 0, (tmp_path / "log").read_text()[-3000:]
+    ds = actlake.open(place.url, place.options)
+    assert ds.complete
+    assert ds.n_rows + ds.heldout.n_rows == N_ROWS
+    assert verify(ds).problems == verify(ds.heldout).problems == ()
+    assert set(ds.manifest["host"].to_pylist()) == {site.a.name, site.b.name}
+    # The bytes of one host, on another store.
+    assert contents(downloaded(place, tmp_path / "two")) == contents(downloaded(demo_on_gcs, tmp_path / "one"))
 
 
 @pytest.mark.skipif("ACTLAKE_CHAOS" not in os.environ, reason="takes minutes: 'make chaos' runs it")

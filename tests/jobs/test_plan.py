@@ -432,6 +432,8 @@ def test_a_model_that_does_not_fit_its_gpu_is_refused() -> None:
 def test_passes_are_proposed_where_shards_are_small() -> None:
     assert made(job_of()).passes.n == 1
     assert made(job_of()).proposed is None
+    # Shards of 4,096 rows, but no more rows that larger ones could hold.
+    assert made(job_of("google/gemma-3-27b-pt", max_rows=1_000)).proposed is None
     wide = made(job_of("google/gemma-3-27b-pt"))
     assert (wide.spec.rows_per_shard, wide.passes.n, wide.passes.forward) == (4096, 1, 1.0)
     proposed = wide.proposed

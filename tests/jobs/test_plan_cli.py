@@ -41,6 +41,12 @@ def test_a_job_or_a_release_is_planned(write_job: Write) -> None:
     assert (result.exit_code, "leave one of them out" in result.output) == (2, True)
 
 
+@pytest.mark.parametrize("option", [("--sample", "10"), ("--offline",), ("--by-layer",)])
+def test_what_a_release_cannot_heed_is_refused(option: tuple[str, ...]) -> None:
+    result = run("plan", "--release", "gemma-scope-2", *option)
+    assert (result.exit_code, f"{option[0]}: for the plan of a job" in result.output) == (2, True)
+
+
 def test_a_plan_with_the_corpus_counts_what_the_run_then_makes(write_job: Write, tmp_path: Path) -> None:
     # 300 rows a shard: at most four shards a split, so that the padding of each is laid out.
     job = write_job(max_rows=1_000_000, rows_per_shard=320)

@@ -31,6 +31,7 @@ from actlake.storage.stores import Store
 
 #: Waits that suit a loopback.
 QUICK = {"wait_s": 0.01, "stall_s": 20, "deadline_s": 120}
+#: Not az: the retries of Azure's own client cannot be set through adlfs, and the first waits for 15 seconds.
 KINDS = ("gs", "s3", "gs+obstore", "s3+obstore")
 
 
