@@ -342,11 +342,13 @@ class ActivationStream(IterableDataset[TokenBatch]):
                     del batch
 
     def _ahead(self, flights: Iterator[Flight | None], n_threads: int) -> Iterator[Flight]:
-        # Begins windows before they are waited for: one while there is memory for two, more where they are tiny.
+        # Begins windows before they are waited for: one while there is memory for two, more where they are tiny. Those
+        # are begun several in a row, which costs half as much for each: what the first has used is in the caches.
         waiting: deque[Flight] = deque()
         n_ahead, ended = 1, False
         while waiting or not ended:
-            while not ended and len(waiting) <= n_ahead:
+            begins = len(waiting) <= (n_ahead + 1) // 2
+            while begins and not ended and len(waiting) <= n_ahead:
                 try:
                     flight = next(flights)
                 except StopIteration:
