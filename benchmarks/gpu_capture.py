@@ -136,6 +136,7 @@ class Commit:
     record: ShardRecord
     wall_s: float
     cpu_s: float
+    landed_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,7 @@ class Sustained:
     records: tuple[ShardRecord, ...]
     seconds: float
     cpu_s: float
+    landed_s: float
 
     @property
     def n_tokens(self) -> int:
@@ -199,6 +201,7 @@ class Driver:
             records=tuple(commit.record for commit in self._commits[_N_WARM : 1 - SHARDS_IN_FLIGHT or None]),
             seconds=last.wall_s - first.wall_s,
             cpu_s=last.cpu_s - first.cpu_s,
+            landed_s=last.landed_s - first.landed_s,
         )
 
     def _work(self) -> None:
@@ -216,7 +219,9 @@ class Driver:
             uncommit(self.builder.store, shard)
             record = self.builder.build(shard)
             with self._lock:
-                self._commits.append(Commit(record=record, wall_s=time.perf_counter(), cpu_s=time.process_time()))
+                wall_s, cpu_s = time.perf_counter(), time.process_time()
+                landed_s = self.builder.workshop.lander.landed_s
+                self._commits.append(Commit(record=record, wall_s=wall_s, cpu_s=cpu_s, landed_s=landed_s))
             self._free.put(shard)
 
     def _takes_another(self) -> bool:

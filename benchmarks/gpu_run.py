@@ -67,8 +67,8 @@ _FLOPS_NOTE = (
 _CAPTURE_NOTE = (
     "Rates are between two commits after the warm-up, in tokens that go through the model. Seconds are means over "
     "shards: `shard` is what one adds to the whole; its parts overlap, and `encode` and `write` are sums over objects, "
-    "several of which are handled at once. `processor` is statistics and encoding alone, with all threads. The targets "
-    "are for an H100 or H200 with 16 cores."
+    "several of which are handled at once; `copy` is from the GPU and to the rows' places. `processor` is statistics "
+    "and encoding alone, with all threads. The targets are for an H100 or H200 with 16 cores."
 )
 #: Clocks fall when a GPU gets warm: the forward pass alone is timed at the end too, for so long.
 _AGAIN_S = 0.5
@@ -285,6 +285,7 @@ def _capture(case: Case, bench: Bench, store: Store, seconds: float) -> Row:
         "shard, rows": spec.rows_per_shard,
         "shards": len(done.records),
         "shard, s": done.seconds / len(done.records),
+        "copy, s": done.landed_s / len(done.records),
         **{f"{part.removesuffix('_s')}, s": done.mean_s(part) for part in _PARTS},
         "CPU s per raw GB": done.cpu_s / raw * 1e9,
         "raw / stored": raw / done.points_nbytes,

@@ -63,6 +63,8 @@ class Lander:
         self._links: dict[torch.device, _Link] = {}
         self._last: Future[None] | None = None
         self._passed = 0.0
+        #: Seconds of copies from GPUs and to their places so far, without those in which the model was waited for.
+        self.landed_s = 0.0
 
     def send(
         self,
@@ -93,7 +95,9 @@ class Lander:
             # A GPU begins a pass when it has ended the one before, however early that was started.
             heard(len(batch.target_N), now - max(started, self._passed))
             self._passed = now
+            begun = time.perf_counter()
             self._land(kept, batch, memory)
+            self.landed_s += time.perf_counter() - begun
 
         self._last = self._lander.submit(land)
         return self._last

@@ -251,7 +251,9 @@ def test_bench_gpu_runs_with_little_more_than_torch_and_transformers(tmp_path: P
     selections = ("1 point", "4 streams x 4 layers", "4 streams x all layers")
     expected = list(itertools.product(selections, ("none", "blosc"), ("null", "disk")))
     assert [(row["hook points"], row["codec"], row["to"]) for row in rows] == expected
-    assert all(row["shards"] >= 2 and row["of slowest"] > 0 and row["forward, s"] > 0 for row in rows)
+    assert all(
+        row["shards"] >= 2 and row["of slowest"] > 0 and min(row["forward, s"], row["copy, s"]) > 0 for row in rows
+    )
     assert all((row["raw / stored"] > 1.1) == (row["codec"] == "blosc") for row in rows)
     # Nothing is left beside the file.
     assert list(tmp_path.iterdir()) == [file]
