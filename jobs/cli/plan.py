@@ -12,7 +12,7 @@ from rich.text import Text
 from actlake.jobs.cli.app import OUT, app
 from actlake.jobs.cli.options import AsJson, print_table
 from actlake.jobs.cli.plan_release import format_seconds, show_release
-from actlake.jobs.units import format_nbytes
+from actlake.jobs.units import count_of, format_nbytes
 from actlake.storage.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 
 _BAR = 30
 
+#: Options that say something of a job alone, and of a release alone, these with the key that says it of a job.
+_OF_JOBS = ("sample", "offline", "by_layer")
+_OF_RELEASES = {"tokens_base": "max_rows", "tokens_chat": "max_rows", "dtype": "capture.dtype"}
+
 
 @app.command()
 def plan(
+    context: typer.Context,
     job: Annotated[Path | None, typer.Argument(help="Job file (TOML).", show_default=False)] = None,
     release: Annotated[str | None, typer.Option(help="A whole release instead of a job: gemma-scope-2.")] = None,
     tokens_base: Annotated[float, typer.Option(help="Of --release: tokens of each base model.")] = 8e9,
@@ -77,8 +82,8 @@ def plan(
     )
     if release is not None and job is not None:
         raise BadInputError(f"{job} or --release {release}: a plan is of a job or of a release; leave one of them out")
+    _check_options(context, job, release)
     if release is not None:
-        _refuse_of_jobs({"--sample": sample, "--offline": offline, "--by-layer": by_layer})
         _plan_release(asked, release, round(tokens_base), round(tokens_chat), dtype)
     elif job is not None:
         _plan_job(asked, job, sample=sample, offline=offline, by_layer=by_layer)
@@ -86,11 +91,30 @@ def plan(
         raise BadInputError("give a job file, or --release gemma-scope-2")
 
 
-def _refuse_of_jobs(options: Mapping[str, Any]) -> None:
-    if given := [name for name, value in options.items() if value]:
-        raise BadInputError(
-            f"{', '.join(given)}: for the plan of a job; leave it out with --release, or give a job file instead"
-        )
+def _check_options(context: typer.Context, job: Path | None, release: str | None) -> None:
+    """Raise ``BadInputError`` for an option that what is planned takes no notice of."""
+    given = {name for name in context.params if _is_given(context, name)}
+    if release is not None:
+        for name in _OF_JOBS:
+            if name in given:
+                raise BadInputError(
+                    f"{_option(name)} is for a job: leave it out, or give a job file in place of --release {release}"
+                )
+    elif job is not None:
+        for name, key in _OF_RELEASES.items():
+            if name in given:
+                raise BadInputError(f"{_option(name)} is for --release: leave it out; {key} in {job} says it of a job")
+        if given.issuperset(("sample", "offline")):
+            raise BadInputError("--sample reads the job's sources, --offline looks at none: leave one of them out")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +178,7 @@ def _show(made: "Estimate", by_layer: bool) -> None:
     if setting.n_rows_left is not None:
         OUT.print(f"  to build   {setting.n_rows_left:,} rows; hours and computing below are theirs")
     OUT.print(
-        f"  objects    {sizes.n_objects:,} in {sizes.n_shards:,} shards of {made.spec.rows_per_shard:,} rows, the "
+        f"  objects    {sizes.n_objects:,} in {count_of(sizes.n_shards, 'shard')} of {made.spec.rows_per_shard:,} rows, the "
         f"largest {format_nbytes(sizes.largest_object)}; {sizes.n_chunks:,} chunks"
     )
     OUT.print(

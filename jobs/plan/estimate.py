@@ -120,15 +120,19 @@ class Estimate:
 
     @property
     def proposed(self) -> Passes | None:
-        """Passes that give shards of 32,768 rows where they are smaller; None where none are needed or possible."""
+        """Passes that give shards of 32,768 rows where they are smaller; None where none are needed or possible.
+
+        A dataset that is there keeps its layout, and one pass is what a shard has anyway.
+        """
         if self.spec.rows_per_shard >= FEW_ROWS or self.job.layout.rows_per_shard is not None:
             return None
+        if self.setting.n_rows_left is not None:
+            return None
         try:
-            passes = self.passes_at(FEW_ROWS)
+            found = self.passes_at(FEW_ROWS)
         except BadInputError:
             return None
-        # One pass would have made shards of that size already, had there been rows for them.
-        return passes if passes.n > 1 else None
+        return found if found.n > 1 else None
 
 
 def workers_of(job: Job, machine: Machine) -> int:

@@ -8,6 +8,7 @@ import pytest
 from chaos.campaign import Driver, Run, World, marked, parent_of, wait_until
 from chaos.nodes import QUICK, Nodes
 from chaos.site.planted import POINTS
+from runs import contents
 
 #: Whom to kill when a process of a driver's run is at a point.
 Victims = Callable[[int, Driver], Sequence[int]]
@@ -98,14 +99,34 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         yield started
 
 
-def on(nodes: Nodes, world: World, folder: Path) -> Run:
-    return Run(world, folder, engine="ray", address=nodes.address, points=nodes.points, environment=QUICK)
+def on(nodes: Nodes, world: World, folder: Path, *, salted: bool = False) -> Run:
+    return Run(
+        world,
+        folder,
+        engine="ray",
+        address=nodes.address,
+        points=nodes.points,
+        salted=salted,
+        environment=QUICK,
+    )
 
 
 @pytest.mark.slow
 @HALVES
 def test_a_worker_on_ray(nodes: Nodes, world: World, tmp_path: Path, points: Sequence[str]) -> None:
     disturb(on(nodes, world, tmp_path), worker, points)
+
+
+@pytest.mark.slow
+def test_a_worker_on_ray_where_no_two_attempts_have_the_same_bytes(nodes: Nodes, world: World, tmp_path: Path) -> None:
+    run = on(nodes, world, tmp_path, salted=True)
+    try:
+        disturb(run, worker, POINTS[1:3])
+    finally:
+        (run.points / "salt").unlink()
+    stored = {key for key in world.contents if "arrays/layers" in key and "/c/" in key}
+    assert stored
+    assert all(contents(run.dataset)[key] != world.contents[key] for key in stored)
 
 
 @pytest.mark.slow

@@ -432,8 +432,6 @@ def test_a_model_that_does_not_fit_its_gpu_is_refused() -> None:
 def test_passes_are_proposed_where_shards_are_small() -> None:
     assert made(job_of()).passes.n == 1
     assert made(job_of()).proposed is None
-    # Shards of 4,096 rows, but no more rows that larger ones could hold.
-    assert made(job_of("google/gemma-3-27b-pt", max_rows=1_000)).proposed is None
     wide = made(job_of("google/gemma-3-27b-pt"))
     assert (wide.spec.rows_per_shard, wide.passes.n, wide.passes.forward) == (4096, 1, 1.0)
     proposed = wide.proposed
@@ -448,6 +446,15 @@ def test_passes_are_proposed_where_shards_are_small() -> None:
     assert proposed.nbytes <= 2**34
     # On their way to the GPU the weights take more of the host's memory than two shards do.
     assert taken.memory.shard > 2 * proposed.nbytes
+
+
+def test_passes_are_not_proposed_where_they_would_change_nothing() -> None:
+    wide = job_of("google/gemma-3-27b-pt")
+    assert made(wide).proposed is not None
+    # Fewer rows than a shard has: larger shards would be the same one.
+    assert made(replace(wide, max_rows=4000)).proposed is None
+    # What is there keeps its layout.
+    assert made(wide, n_rows_left=500_000).proposed is None
 
 
 def test_the_memory_of_a_shard_is_no_part_of_a_dataset_whose_rows_per_shard_are_given() -> None:

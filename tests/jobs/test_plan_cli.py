@@ -41,10 +41,41 @@ def test_a_job_or_a_release_is_planned(write_job: Write) -> None:
     assert (result.exit_code, "leave one of them out" in result.output) == (2, True)
 
 
-@pytest.mark.parametrize("option", [("--sample", "10"), ("--offline",), ("--by-layer",)])
-def test_what_a_release_cannot_heed_is_refused(option: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("option", [["--by-layer"], ["--sample", "128"], ["--sample", "0"], ["--offline"]], ids=" ".join)
+def test_options_of_a_job_are_refused_for_a_release(option: list[str]) -> None:
     result = run("plan", "--release", "gemma-scope-2", *option)
-    assert (result.exit_code, f"{option[0]}: for the plan of a job" in result.output) == (2, True)
+    assert result.exit_code == 2
+    assert f"{option[0]} is for a job: leave it out, or give a job file in place of --release" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [(["--tokens-base", "8e9"], "max_rows"), (["--tokens-chat", "0"], "max_rows"), (["--dtype", "x"], "capture.dtype")],
+    ids=str,
+)
+def test_options_of_a_release_are_refused_for_a_job(write_job: Write, option: list[str], key: str) -> None:
+    result = run("plan", write_job(), *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} is for --release: leave it out; {key} in " in result.stderr
+
+
+def test_a_sample_is_not_taken_offline(write_job: Write) -> None:
+    result = run("plan", write_job(), "--sample", "128", "--offline")
+    assert (result.exit_code, "leave one of them out" in result.stderr) == (2, True)
+
+
+def test_a_job_of_one_shard_is_told_in_the_singular_and_nothing_that_changes_nothing(write_job: Write) -> None:
+    # All streams of all layers of the 27B: 4,096 rows fit the memory of a shard, and there are 700.
+    job = write_job(model='"google/gemma-3-27b-pt"', hook_points='["layers.*.*"]', holdout=0.0)
+    job.write_text(job.read_text().replace("rows_per_shard = 128\nrows_per_chunk = 32\n", ""))
+    result = run("plan", job, "--offline", "--machine", "a3-ultragpu-8g")
+    assert result.exit_code == 0, result.output
+    assert "in 1 shard of 2,048 rows" in result.output
+    assert "passes" not in result.output
+    more = job.read_text().replace("max_rows = 700", "max_rows = 100_000")
+    job.write_text(more)
+    assert "passes: shards of" in run("plan", job, "--offline", "--machine", "a3-ultragpu-8g").output
 
 
 def test_a_plan_with_the_corpus_counts_what_the_run_then_makes(write_job: Write, tmp_path: Path) -> None:

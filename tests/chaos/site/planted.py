@@ -41,9 +41,8 @@ def plant(folder: Path) -> None:
     patches: dict[str, Callable[[ModuleType], None]] = {
         "actlake.storage.stores": lambda module: _plant_store(module, folder),
         "actlake.storage.arrays": lambda module: _plant_encoder(module, folder),
+        "actlake.ingest.capture": lambda module: _salt(module, folder),
     }
-    if (folder / "salt").exists():
-        patches["actlake.ingest.capture"] = _salt
     for name in patches.keys() & sys.modules.keys():
         patches.pop(name)(sys.modules[name])
     sys.meta_path.insert(0, _Finder(patches))
@@ -138,7 +137,10 @@ def _plant_encoder(module: ModuleType, folder: Path) -> None:
             other.encode_shard = encode_shard  # type: ignore[attr-defined]
 
 
-def _salt(module: ModuleType) -> None:
+def _salt(module: ModuleType, folder: Path) -> None:
+    # Asked here, since Ray starts workers before there is work.
+    if not (folder / "salt").exists():
+        return
     original = module.Capture.__call__
 
     def salted(*args: Any, **kwargs: Any) -> Any:
