@@ -178,8 +178,8 @@ def _show(made: "Estimate", by_layer: bool) -> None:
     if setting.n_rows_left is not None:
         OUT.print(f"  to build   {setting.n_rows_left:,} rows; hours and computing below are theirs")
     OUT.print(
-        f"  objects    {sizes.n_objects:,} in {count_of(sizes.n_shards, 'shard')} of {made.spec.rows_per_shard:,} rows, the "
-        f"largest {format_nbytes(sizes.largest_object)}; {sizes.n_chunks:,} chunks"
+        f"  objects    {sizes.n_objects:,} in {count_of(sizes.n_shards, 'shard')} of {made.spec.rows_per_shard:,} "
+        f"rows, the largest {format_nbytes(sizes.largest_object)}; {sizes.n_chunks:,} chunks"
     )
     OUT.print(
         f"  tokens     {work.n_run:,} through the model: {work.n_tokens:,} for the rows, {work.n_padding:,} of padding "

@@ -41,7 +41,10 @@ def test_a_job_or_a_release_is_planned(write_job: Write) -> None:
     assert (result.exit_code, "leave one of them out" in result.output) == (2, True)
 
 
-@pytest.mark.parametrize("option", [["--by-layer"], ["--sample", "128"], ["--sample", "0"], ["--offline"]], ids=" ".join)
+OF_JOBS = (["--by-layer"], ["--sample", "128"], ["--sample", "0"], ["--offline"])
+
+
+@pytest.mark.parametrize("option", OF_JOBS, ids=" ".join)
 def test_options_of_a_job_are_refused_for_a_release(option: list[str]) -> None:
     result = run("plan", "--release", "gemma-scope-2", *option)
     assert result.exit_code == 2
