@@ -74,7 +74,8 @@ def worker_memory(
     """
     itemsize = _ITEMSIZE[spec.dtype]
     weights = block_parameters(shape) * itemsize + embedding_parameters(shape) * itemsize
-    held = weights + (block_parameters(shape) * 2 if widened and spec.dtype == "bfloat16" else 0)
+    # What is widened stays mapped in bfloat16 too: the embeddings are tensors of the same file.
+    held = weights + (block_parameters(shape) * 4 if widened and spec.dtype == "bfloat16" else 0)
     captured = spec.batch_tokens * sum(point.width for point in spec.hook_points) * itemsize
     working = spec.batch_tokens * shape.d_ff * _WORKING * 4
     widest = max(point.width for point in spec.hook_points)

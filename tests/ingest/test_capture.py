@@ -185,8 +185,9 @@ def test_hooks_are_gone_after_a_call_and_after_a_failure(model: LoadedModel, mon
     assert sum(hooks_on(model.text)) == before
 
 
-# Another batch shape sums in another order: one rounding of the dtype in a value, grown through four layers.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+# Another batch shape sums in another order: one rounding of the dtype in a value, grown through four layers to 2e-6 to
+# 1.2e-5 and 0.03 to 0.11, by the kernels of the CPU. An earlier token that is another changes values by their own size.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.3)])
 def test_a_sequence_in_a_padded_batch_equals_the_sequence_alone(
     folders: dict[str, Path], dtype: str, tolerance: float
 ) -> None:

@@ -83,10 +83,11 @@ def test_gradients_flow_through_a_function(stream: str) -> None:
         found = float(scale.grad)
         losses = []
         with torch.no_grad():
-            for value in (1.001, 0.999):
+            # Small enough for curvature, large enough for float32: CPUs round the losses by 1e-6.
+            for value in (1.005, 0.995):
                 scale.fill_(value)
                 losses.append(float(whole(input_ids=IDS).logits.double().square().mean()))
-    assert found == pytest.approx((losses[0] - losses[1]) / 0.002, rel=1e-2)
+    assert found == pytest.approx((losses[0] - losses[1]) / 0.01, rel=5e-2)
 
 
 @pytest.mark.parametrize(

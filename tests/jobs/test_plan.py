@@ -478,7 +478,7 @@ def test_memory_counts_weights_shard_and_batch() -> None:
     assert (on_cpu.encoded, on_cpu.gpu) == (7, 0)
     assert on_cpu.host == sum(on_cpu.parts().values())
     widened = worker_memory(spec, shape, on_gpu=False, **(values | {"widened": True}))
-    assert widened.model - on_cpu.model == 2 * block_parameters(shape)
+    assert widened.model - on_cpu.model == 4 * block_parameters(shape)
     on_gpu = worker_memory(spec, shape, on_gpu=True, **values)
     weights = 2 * (block_parameters(shape) + embedding_parameters(shape))
     assert (on_gpu.model, on_gpu.gpu > weights) == (0, True)
