@@ -132,8 +132,7 @@ def open_file_system(protocol: str, options: Mapping[str, Any], limits: Limits) 
         if protocol in AMAZON:
             return _amazon(dict(options), limits)
         if protocol in AZURE:
-            own = {"connection_timeout": limits.connect_s, "read_timeout": limits.stall_s}
-            return fsspec.filesystem(protocol, **{"use_listings_cache": False, **own, **options})
+            return _azure(protocol, dict(options), limits)
         return fsspec.filesystem(protocol, **options)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
@@ -167,6 +166,56 @@ def _amazon(options: dict[str, Any], limits: Limits) -> fsspec.AbstractFileSyste
     fs = fsspec.filesystem("s3", **own)
     fs._call_s3 = _retrying(type(fs)._call_s3.__get__(fs), limits, is_transient)
     return fs
+
+
+def _azure(protocol: str, options: dict[str, Any], limits: Limits) -> fsspec.AbstractFileSystem:
+    own = {
+        "use_listings_cache": False,
+        "connection_timeout": limits.connect_s,
+        "read_timeout": limits.stall_s,
+        # A keyword of its own: fsspec shares a file system among calls with equal options.
+        "actlake_limits": repr(limits),
+    }
+    fs = fsspec.filesystem(protocol, **(own | options))
+    # adlfs lets none of these through.
+    config = fs.service_client._config
+    config.max_single_put_size = config.max_block_size = limits.part_nbytes
+    policy = config.retry_policy
+    if "send" not in vars(policy):
+        # Its own retries are three, after 15 seconds and more, and leave 429 alone.
+        policy.total_retries = 0
+        policy.send = _retrying(_whole(policy.send), limits, _is_transient_for_azure)
+    return fs
+
+
+def _whole(send: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+    """Return how Azure's client sends a request once: with the whole answer, or with an error that may pass."""
+    from azure.core.exceptions import HttpResponseError
+
+    async def once(request: Any) -> Any:
+        data = request.http_request.data
+        try:
+            if isinstance(data, bytes):
+                # As in ``_retrying``.
+                request.http_request.data = io.BytesIO(data)
+            found = await send(request)
+        finally:
+            request.http_request.data = data
+        if found.http_response.status_code in _TRANSIENT:
+            raise HttpResponseError(response=found.http_response)
+        if not found.http_response.is_stream_consumed:
+            # Else the caller reads it, who goes on three times.
+            await found.http_response.load_body()
+        return found
+
+    return once
+
+
+def _is_transient_for_azure(error: Exception) -> bool:
+    from azure.core.exceptions import IncompleteReadError, ServiceRequestError, ServiceResponseError
+
+    broken = ServiceRequestError, ServiceResponseError, IncompleteReadError
+    return isinstance(error, broken) or _status(error) in _TRANSIENT
 
 
 def _google(options: dict[str, Any], limits: Limits) -> fsspec.AbstractFileSystem:
