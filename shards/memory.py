@@ -22,6 +22,8 @@ class Slab:
         self.arrays: dict[str, npt.NDArray[Any]] = {
             name: np.empty((n_slots, *array.shape(n_rows)), dtype=bits_dtype(array)) for name, array in arrays.items()
         }
+        #: Where each array begins, and bytes of a slot in it: asked of numpy once, as it costs more than a copied row.
+        self.places = {name: (rows.ctypes.data, rows.strides[0]) for name, rows in self.arrays.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,11 @@ class Slot:
         """Return the rows of a name, ``[rows, width]`` of bits."""
         rows: npt.NDArray[Any] = self.slab.arrays[name][self.place]
         return rows
+
+    def address(self, name: str) -> int:
+        """Return where the rows of a name begin in memory, for as long as the slab lives."""
+        first, stride = self.slab.places[name]
+        return first + self.place * stride
 
 
 class Memory:

@@ -5,9 +5,11 @@ checksum of its shard index is compared with the commit record. Where they diffe
 another attempt may have committed meanwhile; where they still differ, ``MixedShardError``.
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -111,6 +113,21 @@ class ShardReader:
                 else:
                     continue
             self.read_chunk(array, shard, chunk, target)
+
+    def stored(
+        self, array: ArraySpec, shard: int, chunk: int, held: Mapping[int, memoryview] | None = None
+    ) -> tuple[bytes | memoryview, int, int] | None:
+        """Return where the stored bytes of a chunk are: a local file's path, or ``held`` bytes; first byte and length.
+
+        None where they are to be fetched. Raises as ``read_chunk`` where the shard's index cannot be read.
+        """
+        if held is not None:
+            return (held[chunk], 0, held[chunk].nbytes) if chunk in held else None
+        if not self.store.local:
+            return None
+        index = self._twice(shard, partial(self._index, array))
+        path = os.fsencode(self.store.path(array.object_key(shard)))
+        return path, int(index.offsets[chunk]), int(index.lengths[chunk])
 
     def fetch(self, array: ArraySpec, shard: int, spans: Sequence[tuple[int, int]]) -> dict[int, memoryview]:
         """Return the stored bytes of the chunks of row spans ``(start, stop)`` of a shard, by chunk number.

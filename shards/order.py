@@ -150,14 +150,15 @@ def window_bounds(n_units: int, per_window: int, batch_size: int, rows_per_unit:
 class Deal:
     """Which rows of each unit of a window go where, as moves, unit by unit.
 
-    A move takes ``count`` pieces of ``length`` kept rows each, one after another from ``source`` on, to rows ``target``
-    and following of as many batches from ``batch`` on. ``stripes`` say the same in the order in which rows are put out:
+    ``moves``, int64 [M, 5], source, batch, target, length, count: a move takes ``count`` pieces of ``length`` kept rows
+    each, one after another from ``source`` on, to rows ``target`` and following of as many batches from ``batch`` on.
+    ``stripes`` say the same in the order in which rows are put out:
     the place of each stripe's first row among the kept rows of all units, one unit after another, and its length.
     """
 
     n_rows: int
     stripes: tuple[I64, I64]
-    moves: list[Move | Scatter]
+    moves: I64
     first_move: list[int]
 
     def taken(self) -> I64:
@@ -165,9 +166,13 @@ class Deal:
         first, length = self.stripes
         return np.repeat(first - (np.cumsum(length) - length), length) + np.arange(self.n_rows)
 
+    def table_of(self, unit: int) -> I64:
+        """Return the moves of a unit, int64 [M, 5]."""
+        return self.moves[self.first_move[unit] : self.first_move[unit + 1]]
+
     def of_unit(self, unit: int) -> list[Move | Scatter]:
         """Return the moves of a unit."""
-        return self.moves[self.first_move[unit] : self.first_move[unit + 1]]
+        return [tuple(move) for move in self.table_of(unit).tolist()]
 
 
 def deal(
@@ -212,6 +217,6 @@ def deal(
     return Deal(
         n_rows=int(stripe_length.sum()),
         stripes=(first, stripe_length),
-        moves=list(zip(*(column.tolist() for column in columns), strict=True)),
+        moves=np.stack(columns, axis=1),
         first_move=np.searchsorted(unit[begins], np.arange(n_units + 1)).tolist(),
     )

@@ -23,6 +23,7 @@ from actlake.shards import state as states
 from actlake.shards.batch import TokenBatch, to_tensor
 from actlake.shards.counters import Counters
 from actlake.shards.course import Course, Position, Share, split
+from actlake.shards.dealing import can_deal
 from actlake.shards.flights import Delivery, Dispatcher, Flight
 from actlake.shards.follow import POLL_S, Waves
 from actlake.shards.memory import Memory
@@ -117,10 +118,12 @@ class ActivationStream(IterableDataset[TokenBatch]):
         """Return what was delivered since the stream was made, and where the time went.
 
         Rows, batches, uncompressed bytes and GB/s; ``wait_s``, the seconds in which the consumer waited; ``decode_s``
-        (read, checked, decoded) and ``gather_s``, summed over threads; rows left out at the ends of epochs, over all
-        ranks (``n_dropped_rows``); what damage cost, where ``on_damage="skip"``.
+        (read, checked, decoded) and ``gather_s``, summed over threads, both in the first where chunks are dealt by
+        ``compiled`` code; rows left out at the ends of epochs, over all ranks (``n_dropped_rows``); what damage cost,
+        where ``on_damage="skip"``.
         """
-        return self._counters.to_json() | {"n_dropped_rows": self._position.dropped}
+        compiled = any(can_deal(array) for array in self._source.arrays.values())
+        return self._counters.to_json() | {"n_dropped_rows": self._position.dropped, "compiled": compiled}
 
     @cached_property
     def normalizer(self) -> Normalizer | None:

@@ -84,6 +84,9 @@ class Unpermuted:
             for a, b in pairwise(edges)
         ]
 
+    def table_of(self, unit: int) -> None:
+        """Rows are taken one by one."""
+
     def taken(self) -> I64:
         """Return int64 [n_rows]: where each row that is put out comes among the kept rows of all units."""
         return self.places

@@ -1,7 +1,8 @@
 """One window of a stream: its chunks decoded by threads, each dealt to the batches in flight while it is in the cache.
 
-A chunk is decoded into a scratch of its thread and copied in stripes (``shards.order``), or decoded straight into a
-batch that takes all of it. Gathering rows from a large buffer instead would halve the speed.
+A chunk is dealt in stripes (``shards.order``) by compiled code in one go (``shards.dealing``). Where that cannot be, it
+is decoded into a scratch of its thread and copied, or decoded straight into a batch that takes all of it. Gathering
+rows from a large buffer instead would halve the speed.
 """
 
 import threading
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from actlake.shards.columns import WindowColumns
 from actlake.shards.counters import Counters
+from actlake.shards.dealing import Decoder, can_deal, make_decoder
 from actlake.shards.memory import Slot
 from actlake.shards.objects import bits_dtype
 from actlake.shards.order import I64, Move, Scatter, Snapshot, Units
@@ -37,6 +39,9 @@ class Plan(Protocol):
     def of_unit(self, unit: int) -> Sequence[Move | Scatter]:
         """Return the moves of the window's unit number ``unit``."""
 
+    def table_of(self, unit: int) -> I64 | None:
+        """Return the same as int64 [M, 5]; None where there are scatters."""
+
     def taken(self) -> I64:
         """Return int64 [n_rows]: where each row that is put out comes among the kept rows of all units."""
 
@@ -46,8 +51,9 @@ class Window:
     """Units on their way into the batches in flight.
 
     ``units`` are numbers into the dealer's; ``run`` says for each slot how many slots from it on are neighbours in
-    memory; ``first_kept`` where each unit begins among the kept rows of all. ``damaged`` are those of the window's
-    units that could not be read, where that is allowed.
+    memory; ``addresses`` where each slot is, for the names that compiled code deals; ``first_kept`` where each unit
+    begins among the kept rows of all. ``damaged`` are those of the window's units that could not be read, where that is
+    allowed.
     """
 
     units: I64
@@ -55,6 +61,7 @@ class Window:
     slots: Sequence[Slot]
     columns: WindowColumns
     run: list[int]
+    addresses: dict[str, npt.NDArray[np.uint64]]
     first_kept: I64
     damaged: set[int]
 
@@ -74,6 +81,7 @@ class Dealer:
         self._kept: dict[int, npt.NDArray[np.uint8]] = {}
         self._skip_damaged = skip_damaged
         self._scratch = threading.local()
+        self._dealt = [name for name, array in source.arrays.items() if can_deal(array)]
         self._wanted: set[str] = set()
 
     @property
@@ -121,6 +129,7 @@ class Dealer:
             slots=slots,
             columns=WindowColumns(len(units), plan.taken, partial(self._read_column, units, damaged), self._wanted),
             run=_runs(slots),
+            addresses={name: np.array([slot.address(name) for slot in slots], np.uint64) for name in self._dealt},
             first_kept=np.cumsum(np.append(0, self.kept_U[units]))[:-1],
             damaged=damaged,
         )
@@ -180,12 +189,17 @@ class Dealer:
             return None
 
     def _deal_unit(self, window: Window, place: int, name: str, held: dict[int, memoryview] | None = None) -> None:
-        moves = window.plan.of_unit(place)
-        if place in window.damaged or not moves:
+        if place in window.damaged:
             return
         unit = int(window.units[place])
         begun = time.perf_counter()
         try:
+            if self._deal_at_once(window, place, name, held):
+                self.counters.unit(time.perf_counter() - begun, 0.0)
+                return
+            moves = window.plan.of_unit(place)
+            if not moves:
+                return
             straight = self._straight(window, unit, moves, name)
             rows = self._decode(name, unit, straight, held)
         except DataError as error:
@@ -199,6 +213,32 @@ class Dealer:
             for move in moves:
                 _put(window, name, rows, move)
         self.counters.unit(decoded - begun, time.perf_counter() - decoded)
+
+    def _deal_at_once(self, window: Window, place: int, name: str, held: dict[int, memoryview] | None) -> bool:
+        # By compiled code, and whether that was done: where anything is unusual, the longer way says what.
+        unit, addresses = int(window.units[place]), window.addresses.get(name)
+        moves = None if addresses is None or unit in self._kept else window.plan.table_of(place)
+        if addresses is None or moves is None:
+            return False
+        if not len(moves):
+            return True
+        reader, array = self.source.points[name]
+        shard, start, n_rows = (int(a[unit]) for a in (self.units.shard, self.units.start, self.units.n_rows))
+        step, batch_rows = array.rows_per_chunk, window.slots[0].slab.arrays[name].shape[1]
+        shape = step, n_rows, batch_rows, array.nbytes_per_row, array.numpy_dtype.itemsize
+        decoder = self._decoder()
+        for first in range(0, n_rows, step):
+            stored = reader.stored(array, shard, (start + first) // step, held)
+            if stored is None or not decoder.deal(*stored, shape, first, moves, addresses):
+                return False
+        return True
+
+    def _decoder(self) -> Decoder:
+        scratch = self._scratch.__dict__
+        if "decoder" not in scratch:
+            scratch["decoder"] = make_decoder()
+        found: Decoder = scratch["decoder"]
+        return found
 
     def _load(self, task: tuple[Window, str]) -> None:
         window, name = task
