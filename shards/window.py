@@ -50,24 +50,28 @@ class Plan(Protocol):
 class Window:
     """Units on their way into the batches in flight.
 
-    ``units`` are numbers into the dealer's; ``run`` says for each slot how many slots from it on are neighbours in
-    memory; ``addresses`` where each slot is, for the names that compiled code deals; ``first_kept`` where each unit
-    begins among the kept rows of all. ``damaged`` are those of the window's units that could not be read, where that is
-    allowed.
+    ``units`` are numbers into the dealer's, ``kept`` the rows of each that are chosen and not void; ``addresses`` say
+    where each slot is, for the names that compiled code deals. ``damaged`` are those of the window's units that could
+    not be read, where that is allowed.
     """
 
     units: I64
     plan: Plan
     slots: Sequence[Slot]
     columns: WindowColumns
-    run: list[int]
+    kept: I64
     addresses: dict[str, npt.NDArray[np.uint64]]
-    first_kept: I64
     damaged: set[int]
+
+    @cached_property
+    def run(self) -> list[int]:
+        """For each slot, how many slots from it on are neighbours in memory."""
+        return _runs(self.slots)
 
     def is_damaged(self, low: int, high: int) -> npt.NDArray[np.bool_]:
         """Return bool [n]: which of the rows put out from ``low`` to ``high`` could not be read."""
-        place = np.searchsorted(self.first_kept, self.columns.taken[low:high], side="right") - 1
+        first_kept = np.cumsum(self.kept) - self.kept
+        place = np.searchsorted(first_kept, self.columns.taken[low:high], side="right") - 1
         return np.isin(place, sorted(self.damaged))
 
 
@@ -128,9 +132,8 @@ class Dealer:
             plan=plan,
             slots=slots,
             columns=WindowColumns(len(units), plan.taken, partial(self._read_column, units, damaged), self._wanted),
-            run=_runs(slots),
+            kept=self.kept_U[units],
             addresses={name: np.array([slot.address(name) for slot in slots], np.uint64) for name in self._dealt},
-            first_kept=np.cumsum(np.append(0, self.kept_U[units]))[:-1],
             damaged=damaged,
         )
 
