@@ -346,9 +346,9 @@ class ActivationStream(IterableDataset[TokenBatch]):
 
     def _ahead(self, flights: Iterator[Flight | None], n_threads: int) -> Iterator[Flight]:
         # Begins windows before they are waited for: one while there is memory for two, more where they are tiny. Those
-        # are begun several in a row, which costs half as much for each: what the first has used is in the caches.
+        # are begun several in a row, and waited for together: what the first has used is in the caches.
         waiting: deque[Flight] = deque()
-        n_ahead, ended = 1, False
+        n_ahead, n_awaited, ended = 1, 1, False
         while waiting or not ended:
             begins = len(waiting) <= (n_ahead + 1) // 2
             while begins and not ended and len(waiting) <= n_ahead:
@@ -363,9 +363,20 @@ class ActivationStream(IterableDataset[TokenBatch]):
                 if len(flight.deliveries) <= 1:
                     n_ahead = min(_MAX_WINDOWS_AHEAD, -(-_TASKS_AHEAD * n_threads // max(1, flight.n_tasks)))
             if waiting:
+                if not n_awaited:
+                    n_awaited = max(1, len(waiting) - (n_ahead + 1) // 2)
+                    self._await(waiting[n_awaited - 1])
+                n_awaited -= 1
                 yield waiting.popleft()
             elif not ended:
                 time.sleep(POLL_S / 4)
+
+    def _await(self, flight: Flight) -> None:
+        begun = time.perf_counter()
+        for task in flight.tasks:
+            # Its error is raised in turn, after the batches before it.
+            task.exception()
+        self._counters.wait_s += time.perf_counter() - begun
 
     def _to_batch(self, delivery: Delivery, memory: Memory) -> TokenBatch:
         settings, keep = self.settings, delivery.undamaged()
