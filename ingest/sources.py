@@ -100,16 +100,18 @@ def _list(source: str, options: Options) -> list[SourceFile]:
     store = Store(folder, options)
     with _readable(f"source {source!r}"):
         if _MAGIC.search(pattern):
-            found = store.fs.glob(f"{glob.escape(store.root)}/{pattern}", detail=True)
+            found = store.fs.glob(f"{glob.escape(store.path(''))}/{pattern}", detail=True)
         else:
             info = store.fs.info(store.path(pattern))
             found = {info["name"]: info}
-    root = store.root.strip("/") + "/"
+    root = store.path("").strip("/") + "/"
     files: list[SourceFile] = []
     for path, info in sorted(found.items()):
         name = path.lstrip("/").removeprefix(root)
         if info["type"] == "file":
-            files.append(SourceFile(source=source, name=name, nbytes=int(info["size"])))
+            # Lists of HTTP servers have no sizes.
+            nbytes = store.nbytes(name) if info["size"] is None else int(info["size"])
+            files.append(SourceFile(source=source, name=name, nbytes=nbytes))
         else:
             files += _saved_dataset(source, store, name)
     if not files:

@@ -36,8 +36,12 @@ class Inventory:
 
 
 def survey(store: Store) -> Inventory:
-    """Return what would be removed; raise ``NotFoundError`` where neither a dataset nor a corpus lies."""
+    """Return what would be removed.
+
+    Raises ``NotFoundError`` where neither a dataset nor a corpus lies, ``BadInputError`` where nothing can be removed.
+    """
     kind = _require_kind(store)
+    store.require_writable()
     n_objects = nbytes = n_foreign = 0
     foreign: list[str] = []
     for found in list_objects(store):

@@ -70,9 +70,9 @@ class AlignedDatasets:
     def stream(self, points: Points, **options: Any) -> "ActivationStream":
         """Return a stream of rows that every dataset has committed; the options are those of a dataset's stream."""
         require_torch()
-        from actlake.shards.streaming import make_stream
+        from actlake.shards.streaming import stream_of
 
-        return make_stream(self, points, **options)
+        return stream_of(self, points, options)
 
     def where(self, **conditions: Any) -> "View":
         """Return a view of the rows that fulfil conditions, as of one dataset; norms are of ``name:point``."""

@@ -193,9 +193,9 @@ class ActivationDataset:
         [...]}``; ``shards.streaming.make_stream`` has all options and what is raised.
         """
         require_torch()
-        from actlake.shards.streaming import make_stream
+        from actlake.shards.streaming import stream_of
 
-        return make_stream(self, points, **options)
+        return stream_of(self, points, options)
 
     def where(self, **conditions: Any) -> "View":
         """Return a view of the rows that fulfil all conditions: the same interface, chosen as rows are read.

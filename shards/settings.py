@@ -1,5 +1,6 @@
 """What a stream was asked for, checked."""
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 ORDERS = ("shuffled", "sequence")
 NORMALISATIONS = ("unit", "sqrt_d", "standardize")
 ON_DAMAGE = ("raise", "skip")
+
+_NUMBERS = ("batch_size", "seed", "epochs", "rows", "rank", "world_size", "read_ahead")
 
 #: Shards of a wave where ``follow`` is True: every batch mixes rows of so many shuffle blocks or more.
 WAVE_SHARDS = 8
@@ -43,6 +46,9 @@ class StreamSettings:
     on_damage: str = "raise"
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(value, name))
         if self.batch_size < 1:
             raise BadInputError(f"batch_size = {self.batch_size} must be > 0; 4096 is the default")
         if self.epochs is not None and self.epochs < 1:
@@ -53,11 +59,7 @@ class StreamSettings:
             value = getattr(self, name)
             if value not in valid and not (name == "normalize" and value is None):
                 raise BadInputError(f"{name} = {value!r} is not one of {', '.join(valid)}{nearest(str(value), valid)}")
-        if not 0 <= self.rank < self.world_size:
-            raise BadInputError(
-                f"rank = {self.rank} is not in 0..{self.world_size - 1} (world_size = {self.world_size}); "
-                "ranks count from 0"
-            )
+        _check_rank(self.rank, self.world_size)
         if self.read_ahead is not None and self.read_ahead < 1:
             raise BadInputError(f"read_ahead = {self.read_ahead} must be > 0; None reads with a thread for each core")
         if self.buffer_bytes != 0:
@@ -118,6 +120,23 @@ def this_rank(rank: int | None, world_size: int | None, same_batch: bool) -> tup
 
         ready = distributed.is_available() and distributed.is_initialized()
         rank, world_size = (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
-    if not 0 <= rank < world_size:
-        raise BadInputError(f"rank = {rank} is not in 0..{world_size - 1} (world_size = {world_size}); count from 0")
+    rank, world_size = whole_number(rank, "rank"), whole_number(world_size, "world_size")
+    _check_rank(rank, world_size)
     return (0, 1) if same_batch else (rank, world_size)
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if world_size < 1:
+        raise BadInputError(f"world_size = {world_size} must be > 0; one process is rank 0 of 1")
+    if not 0 <= rank < world_size:
+        raise BadInputError(
+            f"rank = {rank} is not in 0..{world_size - 1} (world_size = {world_size}); ranks count from 0"
+        )
+
+
+def whole_number(value: Any, name: str) -> int:
+    """Return an integer of any kind, NumPy's too, as Python's; raise ``BadInputError`` for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise BadInputError(f"{name} = {value!r} is no whole number") from None

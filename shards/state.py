@@ -12,6 +12,8 @@ from actlake.storage.rowspace import content_hash
 #: Raised by one with every change that gives another order or another meaning to a saved state.
 STATE_VERSION = 2
 
+_NO_STATE = "the state is no stream state; give what state_dict() returned"
+
 #: More names than this are stood for by their hash: a state stays under 4 kB.
 _MAX_NAMES = 8
 
@@ -60,7 +62,7 @@ def snapshot_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         shards = [[int(first), int(count)] for first, count in snapshot["shards"]]
         return {"shards": shards, "n_rows": int(snapshot["n_rows"]), "crc32c": int(snapshot["crc32c"])}
     except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInputError(f"the state is no stream state ({type(error).__name__}: {error})") from error
+        raise BadInputError(f"{_NO_STATE} ({type(error).__name__}: {error})") from error
 
 
 def check(found: Sequence[Mapping[str, Any]], here: Mapping[str, Any]) -> None:
@@ -90,7 +92,7 @@ def load(
         }
         shares = {key: tuple(Share(index=index, count=count) for index, count in key) for key in states}
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInputError(f"the state is no stream state ({type(error).__name__}: {error})") from error
+        raise BadInputError(f"{_NO_STATE} ({type(error).__name__}: {error})") from error
     if len(states) < len(found):
         raise BadInputError("two of the states are of one rank: give the state of every rank once")
     own = [key for key, (of_rank, _) in shares.items() if of_rank == rank]

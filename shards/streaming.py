@@ -1,5 +1,6 @@
 """``ds.stream(...)``: what a user may ask of a stream, turned into settings."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ from actlake.shards.normalizer import Normalizer
 from actlake.shards.origin import Origin
 from actlake.shards.settings import StreamSettings, this_rank
 from actlake.shards.stream import ActivationStream
-from actlake.storage.errors import BadInputError, nearest
+from actlake.storage.errors import BadInputError, UnknownNameError, nearest
 
 if TYPE_CHECKING:
     from actlake.shards.dataset import Points
@@ -86,7 +87,7 @@ def make_stream(
         world_size=world_size,
         order=order,
         dtype=_dtype(dtype),
-        device=device,
+        device=_device(device),
         pin_memory=pin_memory,
         normalize=normalize,
         columns=(columns,) if isinstance(columns, str) else tuple(columns),
@@ -98,11 +99,34 @@ def make_stream(
     return ActivationStream(origin, settings)
 
 
+def stream_of(origin: Origin, points: "Points", options: Mapping[str, Any]) -> ActivationStream:
+    """Return ``make_stream(origin, points, **options)``; raise ``UnknownNameError`` for an option that it has not."""
+    known = list(inspect.signature(make_stream).parameters)[2:]
+    for name in options:
+        if name not in known:
+            raise UnknownNameError(f"a stream has no option {name!r}{nearest(name, known)}")
+    return make_stream(origin, points, **options)
+
+
 def make_normalizer(origin: Origin, points: "Points", kind: str) -> Normalizer:
     """Return the normalizer of hook points by their statistics over all committed rows."""
     inputs, targets = _sides(points, origin)
     moments = {name: origin.statistics(name) for name in dict.fromkeys((*inputs, *targets))}
     return Normalizer.of(moments, kind, inputs, targets)
+
+
+def _device(device: "str | torch.device") -> "str | torch.device":
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BadInputError(f"device = {device!r} is none: {str(error).splitlines()[0]}") from None
+    # Counted only: a process that has used CUDA can no longer be forked into loader processes that do.
+    count = getattr(getattr(torch, wanted.type, None), "device_count", None)
+    if count is not None and (wanted.index or 0) >= count():
+        raise BadInputError(
+            f"device = {str(device)!r}: torch finds {count()} of {wanted.type} here; 'cpu' is always there"
+        )
+    return device
 
 
 def _dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":

@@ -109,9 +109,9 @@ class View:
     def stream(self, points: Points, **options: Any) -> "ActivationStream":
         """Return a stream of the chosen rows; the options are those of the dataset's stream."""
         require_torch()
-        from actlake.shards.streaming import make_stream
+        from actlake.shards.streaming import stream_of
 
-        return make_stream(self, points, **options)
+        return stream_of(self, points, options)
 
     def sample(self, points: str | Sequence[str], n: int, seed: int = 0) -> "TokenBatch":
         """Return a batch of ``n`` of the chosen rows, uniform and without replacement, as of a dataset."""

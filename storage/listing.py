@@ -86,11 +86,9 @@ def _walk(store: Store, key: str, depth: int) -> Iterator[Listed]:
         # A service may list the folder itself, or a marker of its name.
         name = str(info["name"]).lstrip("/").removeprefix(folder)
         below = f"{key}/{name}".strip("/")
-        if not name or name.endswith("/"):
-            continue
-        if info["type"] == "directory":
+        if info["type"] == "directory" and below != key:
             yield from _walk(store, below, depth - 1)
-        else:
+        elif name and not name.endswith("/"):
             yield Listed(key=below, nbytes=int(info["size"] or 0), modified=_modified(info))
 
 

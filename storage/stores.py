@@ -21,6 +21,7 @@ from actlake.storage.limits import split_options
 from actlake.storage.ranges import merge
 from actlake.storage.secrets import redacted
 from actlake.storage.unfinished import unfinished
+from actlake.storage.web_client import HTTP, WebClient
 
 _TEMPORARY = ".actlake-"
 
@@ -30,9 +31,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: Where nothing can be written to, and why.
 _READ_ONLY = {
     "hf": "the Hub takes every file as a commit, 100,000 files and 128 commits an hour at most",
-    "http": "HTTP servers take no objects",
-    "https": "HTTP servers take no objects",
-}
+} | dict.fromkeys(HTTP, "HTTP servers take no objects")
 
 
 class Store:
@@ -51,6 +50,8 @@ class Store:
         self.local = self.protocol in ("file", "local")
         self.root = os.path.abspath(os.path.expanduser(path)) if self.local else path.rstrip("/")
         self.url = self.root if self.local else f"{self.protocol}://{self.root}"
+        # The file systems of HTTP take whole URLs for paths, those of buckets what follows the protocol.
+        self._base = self.url if self.protocol in HTTP else self.root
         self.limits, self._client_options = split_options(self.options)
         # The process that opened them, and the clients.
         self._opened: tuple[int, tuple[FsspecClient, Reader]] | None = None
@@ -66,7 +67,8 @@ class Store:
         """Return the client, and what reads objects; both are opened at first use in this process."""
         if self._opened is None or self._opened[0] != os.getpid():
             with self._answering(""):
-                client = FsspecClient(self.protocol, self._client_options, self.limits)
+                client_of = WebClient if self.protocol in HTTP else FsspecClient
+                client = client_of(self.protocol, self._client_options, self.limits)
                 self._opened = os.getpid(), (client, self._reader(client))
         return self._opened[1]
 
@@ -95,12 +97,12 @@ class Store:
         parts = [part for part in key.split("/") if part not in ("", ".")]
         if key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
             raise BadInputError(f"key {key!r} leaves its folder")
-        return "/".join([self.root, *parts])
+        return "/".join([self._base, *parts])
 
     def child(self, key: str) -> Self:
         """Return the store of a folder below this one."""
         path = self.path(key)
-        return type(self)(path if self.local else f"{self.protocol}://{path}", self.options)
+        return type(self)(path if self.local or "://" in path else f"{self.protocol}://{path}", self.options)
 
     def read(self, key: str, most: int | None = None) -> bytes:
         """Return a whole object; raise ``NotFoundError`` where there is none.

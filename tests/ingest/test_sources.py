@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from webserver import web_server
 
 from actlake.ingest.documents import BadDocument, Document, good
 from actlake.ingest.filters import Filter
@@ -453,3 +454,18 @@ def test_bad_chats_are_named(tmp_path: Path) -> None:
     _raises(match, f"{tmp_path}/a.jsonl", messages="chat")
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     _raises(match, f"{tmp_path}/a.parquet", messages="chat")
+
+
+def test_files_of_a_web_server_by_name_and_by_pattern(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "more").mkdir(parents=True)
+    (tmp_path / "texts" / "a.jsonl").write_bytes(_jsonl([{"text": "one"}]))
+    (tmp_path / "texts" / "b.jsonl.gz").write_bytes(gzip.compress(_jsonl([{"text": "two"}])))
+    (tmp_path / "texts" / "more" / "c.jsonl").write_bytes(_jsonl([{"text": "three"}]))
+    with web_server(tmp_path) as url:
+        assert [document.text for document in _read(f"{url}/texts/a.jsonl")] == ["one"]
+        assert [document.text for document in _read(f"{url}/texts/*.jsonl*")] == ["one", "two"]
+        assert [document.text for document in _read(f"{url}/texts/**/*.jsonl*")] == ["one", "two", "three"]
+        (file,) = describe_sources([f"{url}/texts/m*/c.jsonl"])
+        assert (file.name, file.nbytes) == ("more/c.jsonl", (tmp_path / "texts" / "more" / "c.jsonl").stat().st_size)
+        with pytest.raises(SourceError, match=r"d\.jsonl"):
+            _read(f"{url}/texts/d.jsonl")

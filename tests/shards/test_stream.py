@@ -1,6 +1,7 @@
 """The stream: every row once, the stored bits, the same order every time."""
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -163,6 +164,14 @@ def test_memory_is_used_again_only_after_every_view_of_it_is_gone(ds: Activation
         ({"seed": -1}, "seed = -1"),
         ({"batch_size": 869}, "868 rows make no batch of 869 on each of 1 ranks"),
         ({"buffer_bytes": "lots"}, "'lots' is no size in bytes"),
+        ({"batch_size": 2.5}, r"batch_size = 2\.5 is no whole number"),
+        ({"batch_size": "10"}, "batch_size = '10' is no whole number"),
+        ({"rank": 0, "world_size": 0}, "world_size = 0 must be > 0"),
+        ({"rank": 0, "world_size": 1.0}, r"world_size = 1\.0 is no whole number"),
+        ({"rank": 2, "world_size": 2}, r"rank = 2 is not in 0\.\.1"),
+        ({"device": "cuda:99"}, "torch finds .* of cuda here"),
+        ({"device": "gpu"}, "device = 'gpu' is none"),
+        ({"batchsize": 10}, "no option 'batchsize'; did you mean 'batch_size'"),
     ],
 )
 def test_what_cannot_be_streamed_is_refused_at_once(
@@ -170,6 +179,12 @@ def test_what_cannot_be_streamed_is_refused_at_once(
 ) -> None:
     with pytest.raises(BadInputError, match=message):
         ds.stream(**({"points": [WIDE]} | options))
+
+
+def test_settings_may_be_numbers_of_numpy(ds: ActivationDataset) -> None:
+    stream = ds.stream([WIDE], batch_size=np.int64(100), seed=np.uint8(3), rank=np.int32(0), world_size=np.int32(1))
+    assert flat(list(stream)) == flat(list(ds.stream([WIDE], batch_size=100, seed=3)))
+    assert json.loads(json.dumps(stream.state_dict())) == stream.state_dict()
 
 
 def test_a_stream_works_on_any_file_system(place: str) -> None:
