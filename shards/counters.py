@@ -1,6 +1,9 @@
 """What a stream did, as numbers."""
 
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,6 +29,15 @@ class Counters:
     def __post_init__(self) -> None:
         self._timings: deque[tuple[float, float]] = deque()
         self._damage: deque[tuple[int, str]] = deque()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of a block as waited."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_s += time.perf_counter() - begun
 
     def unit(self, decode_s: float, gather_s: float) -> None:
         """Count one unit of one hook point, in seconds of its thread."""

@@ -20,12 +20,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from actlake.shards import adapters
 from actlake.shards import state as states
+from actlake.shards.ahead import begun_ahead
 from actlake.shards.batch import TokenBatch, to_tensor
 from actlake.shards.counters import Counters
 from actlake.shards.course import Course, Position, Share, split
 from actlake.shards.dealing import can_deal
-from actlake.shards.flights import Delivery, Dispatcher, Flight
-from actlake.shards.follow import POLL_S, Waves
+from actlake.shards.flights import Delivery, Dispatcher
+from actlake.shards.follow import Waves
 from actlake.shards.memory import Memory
 from actlake.shards.normalizer import Normalizer
 from actlake.shards.order import units_per_window
@@ -37,10 +38,6 @@ from actlake.shards.settings import StreamSettings
 from actlake.shards.source import Source
 from actlake.shards.window import Dealer
 from actlake.storage.errors import BadInputError, UncommittedShardError
-
-#: Tasks for each thread that should be waiting while a window of a batch or less is finished.
-_TASKS_AHEAD = 8
-_MAX_WINDOWS_AHEAD = 16
 
 
 class ActivationStream(IterableDataset[TokenBatch]):
@@ -329,11 +326,10 @@ class ActivationStream(IterableDataset[TokenBatch]):
         n_threads = settings.read_ahead or thread_count(self._source.local)
         with Workers(n_threads) as workers, closing(Memory(self._source.arrays, settings.batch_size)) as memory:
             flights = Dispatcher(self._segments, course, memory, workers).flights(position)
-            for flight in self._ahead(flights, n_threads):
-                begun = time.perf_counter()
-                for task in flight.tasks:
-                    task.result()
-                self._counters.wait_s += time.perf_counter() - begun
+            for flight in begun_ahead(flights, n_threads, self._counters):
+                with self._counters.waiting():
+                    for task in flight.tasks:
+                        task.result()
                 deliveries = deque(flight.deliveries)
                 # Delivered batches must not stay in memory through their window.
                 del flight
@@ -343,40 +339,6 @@ class ActivationStream(IterableDataset[TokenBatch]):
                     if len(batch):
                         yield batch, reached
                     del batch
-
-    def _ahead(self, flights: Iterator[Flight | None], n_threads: int) -> Iterator[Flight]:
-        # Begins windows before they are waited for: one while there is memory for two, more where they are tiny. Those
-        # are begun several in a row, and waited for together: what the first has used is in the caches.
-        waiting: deque[Flight] = deque()
-        n_ahead, n_awaited, ended = 1, 1, False
-        while waiting or not ended:
-            begins = len(waiting) <= (n_ahead + 1) // 2
-            while begins and not ended and len(waiting) <= n_ahead:
-                try:
-                    flight = next(flights)
-                except StopIteration:
-                    ended = True
-                    break
-                if flight is None:
-                    break
-                waiting.append(flight)
-                if len(flight.deliveries) <= 1:
-                    n_ahead = min(_MAX_WINDOWS_AHEAD, -(-_TASKS_AHEAD * n_threads // max(1, flight.n_tasks)))
-            if waiting:
-                if not n_awaited:
-                    n_awaited = max(1, len(waiting) - (n_ahead + 1) // 2)
-                    self._await(waiting[n_awaited - 1])
-                n_awaited -= 1
-                yield waiting.popleft()
-            elif not ended:
-                time.sleep(POLL_S / 4)
-
-    def _await(self, flight: Flight) -> None:
-        begun = time.perf_counter()
-        for task in flight.tasks:
-            # Its error is raised in turn, after the batches before it.
-            task.exception()
-        self._counters.wait_s += time.perf_counter() - begun
 
     def _to_batch(self, delivery: Delivery, memory: Memory) -> TokenBatch:
         settings, keep = self.settings, delivery.undamaged()

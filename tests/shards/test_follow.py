@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"points": WIDE, "batch_size": 60, "follow": 2, "buffe
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("follow", "stream"):
+    for module in ("follow", "ahead"):
         monkeypatch.setattr(f"actlake.shards.{module}.POLL_S", 0.02)
     assert follow.POLL_S == 0.02
 
