@@ -45,7 +45,7 @@ class TerminalListener(Listener):
     def documents(self, n_documents: int, n_tokens: int) -> None:
         if self._corpus is None:
             self._corpus = self._progress.add_task("corpus", total=None, detail="")
-        detail = f"{n_documents:,} documents, {n_tokens:,} tokens"
+        detail = f"{n_documents:,} documents, {n_tokens:,} tokens of text"
         self._progress.update(self._corpus, completed=n_documents, detail=detail)
         self._line(f"corpus: {detail}")
 
